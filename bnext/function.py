@@ -1,0 +1,149 @@
+"""Batch normalisation as torch.autograd.Functions over torch.ops.bnext, twice differentiable."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from bnext import ops, reference
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, per channel, with gradients for input, weight and bias.
+
+    apply(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps) -> output
+
+    input [N, C, *]; weight, bias, running_mean, running_var [C] or None; num_batches_tracked an int64 scalar or
+    None. training=True takes mean and var from the batch, updates the running buffers and counts the batch, where
+    given; momentum=None then averages cumulatively. training=False takes them from the running buffers. Errors are
+    those of torch.nn.functional.batch_norm.
+
+    What the backward needs of the statistics is saved, not read from the running buffers, which may have moved on.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+    ) -> Tensor:
+        output, mean, invstd = _forward(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+        )
+        ctx.save_for_backward(input, weight, mean, invstd)
+        ctx.training, ctx.eps = training, eps
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        arguments = (grad_output, *ctx.saved_tensors, ctx.training)
+        mask = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = BatchNormBackwardFunction.apply(*arguments, ctx.eps, mask)
+        else:
+            grads = ops.batch_norm_backward(*arguments, mask)
+        return (*grads, None, None, None, None, None, None)
+
+
+class BatchNormBackwardFunction(torch.autograd.Function):
+    """The backward as a function of (grad_output, input, weight), for double backward.
+
+    The gradients themselves come from the kernel; their derivative is autograd's, of the reference formula.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        training: bool,
+        eps: float,
+        mask: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(grad_output, input, weight, mean, invstd)
+        ctx.training, ctx.eps = training, eps
+        ctx.set_materialize_grads(False)
+        return ops.batch_norm_backward(grad_output, input, weight, mean, invstd, training, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        create_graph = torch.is_grad_enabled()
+        grad_output, input, weight, mean, invstd = ctx.saved_tensors
+        with torch.enable_grad():
+            # New nodes: a gradient stops here, even where grad_output was itself computed from input.
+            inputs = [t if t is None else t.view_as(t) for t in (grad_output, input, weight)]
+            if ctx.training:
+                mean, _, invstd = reference.batch_stats(inputs[1], ctx.eps)
+            outputs = reference.backward(*inputs, mean, invstd, ctx.training)
+            wanted = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+            needed = [i for i in range(3) if ctx.needs_input_grad[i]]
+            found = torch.autograd.grad(
+                [o for o, _ in wanted],
+                [inputs[i] for i in needed],
+                [g for _, g in wanted],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        result: list[Tensor | None] = [None] * 8
+        for i, grad in zip(needed, found, strict=True):
+            result[i] = grad
+        return tuple(result)
+
+
+def _forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """output, mean and invstd from the op that `training` asks for."""
+    if training:
+        return ops.batch_norm_train(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
+        )
+    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+        if buffer is None:
+            raise RuntimeError(f"{name} must be defined in evaluation mode")
+    return ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps)
+
+
+def apply(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """BatchNormFunction.apply, without autograd's bookkeeping where nothing wants a gradient."""
+    arguments = (
+        input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+    )  # fmt: skip
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in arguments[:3]):
+        return _forward(*arguments)[0]
+    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+        if buffer is not None and buffer.requires_grad:
+            raise RuntimeError(
+                f"batch_norm is not differentiable with respect to argument '{name}'. "
+                "This input cannot have requires_grad True."
+            )
+    return BatchNormFunction.apply(*arguments)

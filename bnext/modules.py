@@ -1,0 +1,63 @@
+"""BatchNorm1d/2d/3d: torch's modules with bnext's forward."""
+
+import types
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnext import function
+from bnext.functional import needs_torch
+
+
+class _Forward(_BatchNorm):
+    """The forward of torch's batch norm modules on bnext's ops; everything else about them is torch's.
+
+    No state of its own: an instance of torch's class becomes one of these by assigning __class__.
+    """
+
+    # torch.jit.script compiles this in place of the forward below; a method needs a name of its own to be compiled.
+    _torch_forward = types.FunctionType(
+        _BatchNorm.forward.__code__, _BatchNorm.forward.__globals__, "_torch_forward"
+    )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [N, C, *] -> [N, C, *], as torch's module of the same name, errors and side effects included."""
+        if torch.jit.is_scripting():
+            return self._torch_forward(input)
+        else:
+            return _forward(self, input)
+
+
+def _forward(module: _Forward, input: Tensor) -> Tensor:
+    if isinstance(input, fx.Proxy):  # torch.fx takes only torch.nn's own modules for leaves
+        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input,), {})
+    module._check_input_dim(input)
+    if needs_torch(input, module.weight, module.bias):
+        return _BatchNorm.forward(module, input)
+    running_mean, running_var = module.running_mean, module.running_var
+    counter, momentum, training = None, module.momentum, module.training
+    if training:
+        if module.track_running_stats:
+            counter = module.num_batches_tracked
+        else:
+            running_mean = running_var = None
+    else:
+        training = running_mean is None and running_var is None
+    if momentum is None and counter is None:
+        momentum = 0.0  # torch: without a counter to average by, the buffers stay
+    return function.apply(
+        input, module.weight, module.bias, running_mean, running_var, counter, training, momentum, module.eps
+    )
+
+
+class BatchNorm1d(_Forward, nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d on bnext: input [N, C] or [N, C, L]."""
+
+
+class BatchNorm2d(_Forward, nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d on bnext: input [N, C, H, W]."""
+
+
+class BatchNorm3d(_Forward, nn.BatchNorm3d):
+    """torch.nn.BatchNorm3d on bnext: input [N, C, D, H, W]."""

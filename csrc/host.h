@@ -1,0 +1,176 @@
+// Host side of the ops, once for all backends: checks, memory layout, allocation, parameter structs.
+// A backend is a type with static forward(const ForwardParams&) and backward(const BackwardParams&).
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "checks.h"
+#include "params.h"
+
+namespace bnext::host {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+inline DType dtype_of(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? DType::float64 : DType::float32;
+}
+
+// dtype of the saved mean and invstd.
+inline at::TensorOptions stats_options(const Tensor& input) {
+  return input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+// `input` must be dense in `format`. Without spatial size the two layouts coincide, and rows of channels it is.
+inline void set_problem(Problem& p, const Tensor& input, at::MemoryFormat format, DType param_dtype) {
+  p.N = input.size(0);
+  p.C = input.size(1);
+  p.S = input.numel() / (p.N * p.C);
+  const bool planar = format == at::MemoryFormat::Contiguous && p.S != 1;
+  p.layout = planar || p.C == 1 ? Layout::planar : Layout::channels_last;
+  p.dtype = dtype_of(input);
+  p.param_dtype = param_dtype;
+}
+
+// A [C] argument as kernels take it; null when absent.
+class Channels {
+ public:
+  explicit Channels(const OptTensor& t) {
+    if (t && t->defined()) tensor_ = t->contiguous();
+  }
+  void* data() const { return tensor_.defined() ? tensor_.data_ptr() : nullptr; }
+  // A kernel has written to data(): brings that into the caller's tensor if contiguous() made a copy.
+  void write_back(const OptTensor& t) const {
+    if (tensor_.defined() && !tensor_.is_same(*t)) t->copy_(tensor_);
+  }
+
+ private:
+  Tensor tensor_;
+};
+
+inline bool has(const OptTensor& t) { return t && t->defined(); }
+
+// Points the kernel at the counter. One that is not int64 (Module.type() casts it too) is counted here instead.
+inline void set_counter(ForwardParams& p, const OptTensor& counter, std::optional<double> momentum) {
+  p.cumulative = has(counter) && !momentum;
+  p.momentum = momentum.value_or(0.0);
+  if (!has(counter)) return;
+  if (counter->scalar_type() == at::kLong) {
+    counter->unsafeGetTensorImpl()->bump_version();
+    p.num_batches_tracked = counter->data_ptr<int64_t>();
+    return;
+  }
+  counter->add_(1);
+  if (p.cumulative) p.momentum = 1 / counter->item<double>();
+  p.cumulative = false;
+}
+
+template <class Backend>
+ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTensor& bias,
+                     const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& counter,
+                     std::optional<double> momentum, double eps, bool training) {
+  const at::MemoryFormat format = input.suggest_memory_format();
+  const Tensor x = input.contiguous(format);
+  Tensor output = at::empty_like(x, format);
+  if (input.numel() == 0) {
+    if (training && has(counter)) counter->add_(1);
+    return {output, at::zeros({input.size(1)}, stats_options(input)), at::zeros({input.size(1)}, stats_options(input))};
+  }
+  Tensor mean = at::empty({input.size(1)}, stats_options(input)), invstd = at::empty_like(mean);
+  const Channels weight_(weight), bias_(bias), running_mean_(running_mean), running_var_(running_var);
+
+  ForwardParams p{};
+  const OptTensor& any = has(weight) ? weight : has(bias) ? bias : running_mean;
+  set_problem(p, x, format, dtype_of(has(any) ? *any : input));
+  p.input = x.data_ptr();
+  p.output = output.data_ptr();
+  p.weight = weight_.data();
+  p.bias = bias_.data();
+  p.running_mean = running_mean_.data();
+  p.running_var = running_var_.data();
+  p.mean = mean.data_ptr();
+  p.invstd = invstd.data_ptr();
+  p.eps = eps;
+  p.training = training;
+  if (training) set_counter(p, counter, momentum);
+  Backend::forward(p);
+  if (training) {
+    running_mean_.write_back(running_mean);
+    running_var_.write_back(running_var);
+  }
+  return {output, mean, invstd};
+}
+
+template <class Backend>
+ThreeTensors batch_norm_train(const Tensor& input, const OptTensor& weight, const OptTensor& bias,
+                              const OptTensor& running_mean, const OptTensor& running_var,
+                              const OptTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
+  try {
+    check::train(input, weight, bias, running_mean, running_var, num_batches_tracked, eps);
+  } catch (...) {
+    // torch.nn.BatchNorm2d.forward counts the batch before it looks at it.
+    if (has(num_batches_tracked)) num_batches_tracked->add_(1);
+    throw;
+  }
+  return forward<Backend>(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, true);
+}
+
+template <class Backend>
+ThreeTensors batch_norm_eval(const Tensor& input, const OptTensor& weight, const OptTensor& bias,
+                             const Tensor& running_mean, const Tensor& running_var, double eps) {
+  check::eval(input, weight, bias, running_mean, running_var, eps);
+  return forward<Backend>(input, weight, bias, running_mean, running_var, {}, {}, eps, false);
+}
+
+template <class Backend>
+ThreeTensors batch_norm_backward(const Tensor& grad_output, const Tensor& input, const OptTensor& weight,
+                                 const Tensor& mean, const Tensor& invstd, bool training,
+                                 std::array<bool, 3> output_mask) {
+  check::backward(grad_output, input, weight, mean, invstd, stats_options(input).dtype().toScalarType());
+  const at::MemoryFormat format = input.suggest_memory_format();
+  const auto make = [&](const Tensor& like, at::MemoryFormat f) {
+    return input.numel() ? at::empty_like(like, f) : at::zeros_like(like, like.options(), f);
+  };
+  const Tensor& param = has(weight) ? *weight : mean;
+  Tensor grad_input, grad_weight, grad_bias;
+  if (output_mask[0]) grad_input = make(input, format);
+  if (output_mask[1] && has(weight)) grad_weight = make(*weight, at::MemoryFormat::Contiguous);
+  if (output_mask[2]) grad_bias = make(param, at::MemoryFormat::Contiguous);
+  if (input.numel() == 0) return {grad_input, grad_weight, grad_bias};
+
+  const Tensor x = input.contiguous(format), dy = grad_output.contiguous(format);
+  const Channels weight_(weight), mean_(mean), invstd_(invstd);
+  const auto data = [](const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
+  BackwardParams p{};
+  set_problem(p, x, format, dtype_of(param));
+  p.grad_output = dy.data_ptr();
+  p.input = x.data_ptr();
+  p.weight = weight_.data();
+  p.mean = mean_.data();
+  p.invstd = invstd_.data();
+  p.grad_input = data(grad_input);
+  p.grad_weight = data(grad_weight);
+  p.grad_bias = data(grad_bias);
+  p.training = training;
+  Backend::backward(p);
+  return {grad_input, grad_weight, grad_bias};
+}
+
+// The ops of csrc/ops.cpp on one backend.
+template <class Backend>
+void register_backend(torch::Library& m) {
+  m.impl("batch_norm_train", &batch_norm_train<Backend>);
+  m.impl("batch_norm_eval", &batch_norm_eval<Backend>);
+  m.impl("batch_norm_backward", &batch_norm_backward<Backend>);
+}
+
+}  // namespace bnext::host

@@ -1,0 +1,61 @@
+// Every formula of batch normalisation, once. V is a scalar or a vector of lanes; P is V, or a scalar that is
+// the same for all lanes.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace bnext::math {
+
+// Chan, Golub & LeVeque (1979): merges mean and m2 = sum((x - mean)^2) of n_b values into those of n_a values.
+// Infinite means add up as they would in a sum: the difference would turn an infinite mean into NaN.
+inline void chan_combine(double& mean, double& m2, double n_a, double mean_b, double m2_b, double n_b) {
+  const double share = n_b / (n_a + n_b);
+  const double delta = mean_b - mean;
+  mean = std::isfinite(delta) ? mean + delta * share : mean + mean_b;
+  m2 = m2 + m2_b + delta * delta * (share * n_a);
+}
+
+// The variance that normalises divides by n; the one kept in running_var by n - 1 (torch.nn.BatchNorm2d).
+inline double biased_var(double m2, double n) { return m2 / n; }
+inline double unbiased_var(double m2, double n) { return m2 / (n - 1); }
+
+inline double invstd(double var, double eps) { return 1 / std::sqrt(var + eps); }
+
+// Weight of the newest batch in the running statistics; momentum=None asks for the cumulative average.
+inline double average_factor(bool cumulative, double momentum, std::int64_t num_batches_tracked) {
+  return cumulative ? 1 / static_cast<double>(num_batches_tracked) : momentum;
+}
+
+inline double update_running(double running, double batch, double factor) {
+  return (1 - factor) * running + factor * batch;
+}
+
+// y = (x - mean) * (weight * invstd) + bias. Never x * scale + shift: the folded shift loses a large mean.
+template <class V, class P>
+inline V normalize(V x, P mean, P scale, P bias) {
+  return (x - mean) * scale + bias;
+}
+
+// Gradient through the batch's own statistics (Ioffe & Szegedy 2015, section 3), with
+//   scale = weight * invstd, grad_mean = mean(dy), projection = mean(dy * (x - mean)) * invstd^2.
+template <class V, class P>
+inline V grad_input_train(V dy, V x, P mean, P scale, P grad_mean, P projection) {
+  return (dy - grad_mean - (x - mean) * projection) * scale;
+}
+
+// Gradient when mean and invstd are constants.
+template <class V, class P>
+inline V grad_input_eval(V dy, P scale) {
+  return dy * scale;
+}
+
+// What follows the normalisation, chosen at compile time.
+struct Identity {
+  template <class V>
+  static V forward(V y) {
+    return y;
+  }
+};
+
+}  // namespace bnext::math

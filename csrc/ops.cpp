@@ -1,0 +1,24 @@
+// The ops' schemas, once; each backend registers its implementation for its dispatch key, bnext/ops.py the fakes.
+#include <torch/library.h>
+
+TORCH_LIBRARY(bnext, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  // input [N, C, *]; everything else [C], but num_batches_tracked, a scalar. Normalises by the batch's statistics;
+  // updates the running buffers and the counter where given; momentum=None: by 1 / num_batches_tracked.
+  // Returns output, and the mean and invstd [C] used, for the backward.
+  m.def(
+      "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) "
+      "-> (Tensor output, Tensor mean, Tensor invstd)",
+      tags);
+  // Normalises by the running statistics; returns the same three.
+  m.def(
+      "batch_norm_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "float eps) -> (Tensor output, Tensor mean, Tensor invstd)",
+      tags);
+  // Gradients of input, weight and bias; those that output_mask leaves out are undefined and not computed.
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, "
+      "bool training, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      tags);
+}

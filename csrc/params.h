@@ -1,0 +1,56 @@
+// The contract between torch code and kernels: raw pointers, sizes, scalars. No torch header, here or below.
+#pragma once
+
+#include <cstdint>
+
+namespace bnext {
+
+enum class DType : std::int32_t { float64, float32 };
+
+enum class Layout : std::int32_t {
+  planar,        // element (n, c, s) at (n * C + c) * S + s
+  channels_last  // element (n, c, s) at (n * S + s) * C + c
+};
+
+// One batch norm over a dense tensor [N, C, S]; S is the product of the spatial sizes.
+struct Problem {
+  std::int64_t N, C, S;
+  Layout layout;
+  DType dtype;        // of the tensors [N, C, S]
+  DType param_dtype;  // of weight, bias, their gradients and the running buffers
+
+  std::int64_t count() const { return N * S; }  // values per channel
+};
+
+struct ForwardParams : Problem {
+  const void* input;                  // [N, C, S] dtype
+  void* output;                       // [N, C, S] dtype
+  const void* weight;                 // [C] param_dtype, or null: 1
+  const void* bias;                   // [C] param_dtype, or null: 0
+  void* running_mean;                 // [C] param_dtype, or null; read in evaluation, updated in training
+  void* running_var;                  // [C] param_dtype, or null; as running_mean
+  std::int64_t* num_batches_tracked;  // scalar, or null; incremented in training
+  void* mean;                         // [C] the mean used, for the backward; float32, or float64 for float64
+  void* invstd;                       // [C] 1 / sqrt(var + eps) as used; like mean
+  double eps;
+  double momentum;
+  bool cumulative;  // momentum=None: the factor is 1 / num_batches_tracked, and momentum is not read
+  bool training;    // statistics of the batch, or of the running buffers
+};
+
+struct BackwardParams : Problem {
+  const void* grad_output;  // [N, C, S] dtype
+  const void* input;        // [N, C, S] dtype
+  const void* weight;       // [C] param_dtype, or null: 1
+  const void* mean;         // [C] as written by the forward
+  const void* invstd;       // [C] as written by the forward
+  void* grad_input;         // [N, C, S] dtype, or null: not wanted
+  void* grad_weight;        // [C] param_dtype, or null: not wanted
+  void* grad_bias;          // [C] param_dtype, or null: not wanted
+  bool training;            // mean and invstd depend on the input
+
+  // Whether the sums over a channel are needed.
+  bool reduces() const { return grad_weight || grad_bias || (training && grad_input); }
+};
+
+}  // namespace bnext

@@ -30,7 +30,8 @@ inline at::TensorOptions stats_options(const Tensor& input) {
   return input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
-// `input` must be dense in `format`. Without spatial size the two layouts coincide, and rows of channels it is.
+// `input` must be dense in `format`. Without spatial size the two layouts coincide, and rows of channels it
+// is.
 inline void set_problem(Problem& p, const Tensor& input, at::MemoryFormat format, DType param_dtype) {
   p.N = input.size(0);
   p.C = input.size(1);
@@ -57,9 +58,12 @@ class Channels {
   Tensor tensor_;
 };
 
-inline bool has(const OptTensor& t) { return t && t->defined(); }
+inline bool has(const OptTensor& t) {
+  return t && t->defined();
+}
 
-// Points the kernel at the counter. One that is not int64 (Module.type() casts it too) is counted here instead.
+// Points the kernel at the counter. One that is not int64 (Module.type() casts it too) is counted here
+// instead.
 inline void set_counter(ForwardParams& p, const OptTensor& counter, std::optional<double> momentum) {
   p.cumulative = has(counter) && !momentum;
   p.momentum = momentum.value_or(0.0);
@@ -83,7 +87,8 @@ ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTens
   Tensor output = at::empty_like(x, format);
   if (input.numel() == 0) {
     if (training && has(counter)) counter->add_(1);
-    return {output, at::zeros({input.size(1)}, stats_options(input)), at::zeros({input.size(1)}, stats_options(input))};
+    return {output, at::zeros({input.size(1)}, stats_options(input)),
+            at::zeros({input.size(1)}, stats_options(input))};
   }
   Tensor mean = at::empty({input.size(1)}, stats_options(input)), invstd = at::empty_like(mean);
   const Channels weight_(weight), bias_(bias), running_mean_(running_mean), running_var_(running_var);
@@ -113,7 +118,8 @@ ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTens
 template <class Backend>
 ThreeTensors batch_norm_train(const Tensor& input, const OptTensor& weight, const OptTensor& bias,
                               const OptTensor& running_mean, const OptTensor& running_var,
-                              const OptTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
+                              const OptTensor& num_batches_tracked, std::optional<double> momentum,
+                              double eps) {
   try {
     check::train(input, weight, bias, running_mean, running_var, num_batches_tracked, eps);
   } catch (...) {
@@ -121,7 +127,8 @@ ThreeTensors batch_norm_train(const Tensor& input, const OptTensor& weight, cons
     if (has(num_batches_tracked)) num_batches_tracked->add_(1);
     throw;
   }
-  return forward<Backend>(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, true);
+  return forward<Backend>(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
+                          true);
 }
 
 template <class Backend>

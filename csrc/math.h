@@ -7,8 +7,8 @@
 
 namespace bnext::math {
 
-// Chan, Golub & LeVeque (1979): merges mean and m2 = sum((x - mean)^2) of n_b values into those of n_a values.
-// Infinite means add up as they would in a sum: the difference would turn an infinite mean into NaN.
+// Chan, Golub & LeVeque (1979): merges mean and m2 = sum((x - mean)^2) of n_b values into those of n_a
+// values. Infinite means add up as they would in a sum: the difference would turn an infinite mean into NaN.
 inline void chan_combine(double& mean, double& m2, double n_a, double mean_b, double m2_b, double n_b) {
   const double share = n_b / (n_a + n_b);
   const double delta = mean_b - mean;
@@ -16,11 +16,26 @@ inline void chan_combine(double& mean, double& m2, double n_a, double mean_b, do
   m2 = m2 + m2_b + delta * delta * (share * n_a);
 }
 
-// The variance that normalises divides by n; the one kept in running_var by n - 1 (torch.nn.BatchNorm2d).
-inline double biased_var(double m2, double n) { return m2 / n; }
-inline double unbiased_var(double m2, double n) { return m2 / (n - 1); }
+// Mean and m2 of count values from sum(x - shift) and sum((x - shift)^2), for a shift that is the mean of a
+// share of the values: by Cauchy-Schwarz the second sum is then at most (1 + 1 / share) * m2, so little
+// cancels.
+inline void unshift(double shift, double sum, double squares, double count, double& mean, double& m2) {
+  mean = shift + sum / count;
+  m2 = squares - sum * sum / count;
+  if (m2 < 0) m2 = 0;
+}
 
-inline double invstd(double var, double eps) { return 1 / std::sqrt(var + eps); }
+// The variance that normalises divides by n; the one kept in running_var by n - 1 (torch.nn.BatchNorm2d).
+inline double biased_var(double m2, double n) {
+  return m2 / n;
+}
+inline double unbiased_var(double m2, double n) {
+  return m2 / (n - 1);
+}
+
+inline double invstd(double var, double eps) {
+  return 1 / std::sqrt(var + eps);
+}
 
 // Weight of the newest batch in the running statistics; momentum=None asks for the cumulative average.
 inline double average_factor(bool cumulative, double momentum, std::int64_t num_batches_tracked) {
@@ -39,9 +54,16 @@ inline V normalize(V x, P mean, P scale, P bias) {
 
 // Gradient through the batch's own statistics (Ioffe & Szegedy 2015, section 3), with
 //   scale = weight * invstd, grad_mean = mean(dy), projection = mean(dy * (x - mean)) * invstd^2.
+inline double projection(double sum_dy_xmu, double invstd, double count) {
+  return sum_dy_xmu / count * invstd * invstd;
+}
 template <class V, class P>
 inline V grad_input_train(V dy, V x, P mean, P scale, P grad_mean, P projection) {
   return (dy - grad_mean - (x - mean) * projection) * scale;
+}
+
+inline double grad_weight(double sum_dy_xmu, double invstd) {
+  return sum_dy_xmu * invstd;
 }
 
 // Gradient when mean and invstd are constants.

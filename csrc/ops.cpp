@@ -1,11 +1,12 @@
-// The ops' schemas, once; each backend registers its implementation for its dispatch key, bnext/ops.py the fakes.
+// The ops' schemas, once; each backend registers its implementation for its dispatch key, bnext/ops.py the
+// fakes.
 #include <torch/library.h>
 
 TORCH_LIBRARY(bnext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  // input [N, C, *]; everything else [C], but num_batches_tracked, a scalar. Normalises by the batch's statistics;
-  // updates the running buffers and the counter where given; momentum=None: by 1 / num_batches_tracked.
-  // Returns output, and the mean and invstd [C] used, for the backward.
+  // input [N, C, *]; everything else [C], but num_batches_tracked, a scalar. Normalises by the batch's
+  // statistics; updates the running buffers and the counter where given; momentum=None: by 1 /
+  // num_batches_tracked. Returns output, and the mean and invstd [C] used, for the backward.
   m.def(
       "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) "

@@ -20,46 +20,85 @@ void parallel(int64_t size, int64_t elements_each, F f) {
   at::parallel_for(0, size, grain, f);
 }
 
-// Channel by channel where channels can feed the threads: what reduce has read, apply finds in cache. Otherwise
-// phase by phase over the whole tensor. Both give the same bits.
+// What a group of channels should occupy, so that apply finds in the second-level cache what reduce has read.
+constexpr int64_t kGroupBytes = 256 * 1024;
+
+// Reduces everything; chunk by chunk where channels lie side by side, else by runs of channels of a chunk.
 template <class Params>
-void run(const Params& p, bool reduces, bool applies, Kernels::Range<Params> reduce, Kernels::Range<Params> finish,
-         Kernels::Range<Params> apply) {
+void reduce_all(const Params& p, const Tiling& tiling, const Scratch& scratch, const Steps<Params>& steps) {
+  if (p.layout == Layout::channels_last) {
+    parallel(tiling.chunks, p.C * p.count() / tiling.chunks,
+             [&](int64_t begin, int64_t end) { steps.reduce(p, tiling, scratch, {0, p.C}, {begin, end}); });
+    return;
+  }
+  parallel(tiling.chunks * p.C, p.count() / tiling.chunks, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t k = begin / p.C, c = begin % p.C, size = std::min(p.C - c, end - begin);
+      steps.reduce(p, tiling, scratch, {c, c + size}, {k, k + 1});
+      begin += size;
+    }
+  });
+}
+
+// Writes everything, in order of memory: by rows, or by planes, cut into pieces where planes are few.
+template <class Params>
+void apply_all(const Params& p, const Scratch& scratch, const Steps<Params>& steps) {
+  if (p.layout == Layout::channels_last) {
+    parallel(p.count(), p.C,
+             [&](int64_t begin, int64_t end) { steps.apply(p, scratch, {0, p.C}, {begin, end}); });
+    return;
+  }
+  const int64_t pieces = std::min<int64_t>(p.S, 1 + 4 * at::get_num_threads() / (p.N * p.C));
+  parallel(p.N * pieces * p.C, p.S / pieces, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t piece = begin / p.C, c = begin % p.C, size = std::min(p.C - c, end - begin);
+      const int64_t plane = piece / pieces * p.S, i = piece % pieces;
+      steps.apply(p, scratch, {c, c + size}, {plane + p.S * i / pieces, plane + p.S * (i + 1) / pieces});
+      begin += size;
+    }
+  });
+}
+
+// Planar, with channels enough to feed the threads: group of channels by group, so that apply reads from
+// cache. Otherwise phase by phase over the whole tensor. Both give the same bits.
+template <class Params>
+void run(const Params& p, bool reduces, bool applies, const Steps<Params>& steps) {
   const Tiling tiling(p);
-  std::vector<double> partials(reduces ? 2 * tiling.chunks * p.C : 0), factors(4 * p.C);
+  std::vector<double> partials(reduces ? 2 * tiling.chunks * p.C : 0), factors(4 * (p.C + 16));
   const Scratch scratch{partials.data(), factors.data()};
-  if (p.layout == Layout::planar && p.C >= 4 * at::get_num_threads()) {
+  if (reduces && applies && p.layout == Layout::planar && p.C >= 4 * at::get_num_threads()) {
+    const int64_t channel_bytes = p.count() * (p.dtype == DType::float64 ? 8 : 4);
+    const int64_t group = std::max<int64_t>(1, kGroupBytes / channel_bytes);
     parallel(p.C, p.count(), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        const int64_t unit = c * tiling.chunks;
-        if (reduces) reduce(p, tiling, scratch, unit, unit + tiling.chunks);
-        finish(p, tiling, scratch, c, c + 1);
-        if (applies) apply(p, tiling, scratch, unit, unit + tiling.chunks);
+      for (int64_t c = begin; c < end; c += group) {
+        const Range channels{c, std::min(c + group, end)};
+        steps.reduce(p, tiling, scratch, channels, {0, tiling.chunks});
+        steps.finish(p, tiling, scratch, channels);
+        steps.apply(p, scratch, channels, {0, p.count()});
       }
     });
     return;
   }
-  const int64_t units = tiling.units(), unit_size = p.C * p.count() / units;
-  if (reduces)
-    parallel(units, unit_size, [&](int64_t begin, int64_t end) { reduce(p, tiling, scratch, begin, end); });
-  parallel(p.C, tiling.chunks, [&](int64_t begin, int64_t end) { finish(p, tiling, scratch, begin, end); });
-  if (applies) parallel(units, unit_size, [&](int64_t begin, int64_t end) { apply(p, tiling, scratch, begin, end); });
+  if (reduces) reduce_all(p, tiling, scratch, steps);
+  parallel(p.C, tiling.chunks,
+           [&](int64_t begin, int64_t end) { steps.finish(p, tiling, scratch, {begin, end}); });
+  if (applies) apply_all(p, scratch, steps);
 }
 
 struct Backend {
   static void forward(const ForwardParams& p) {
     if (p.training && p.num_batches_tracked) ++*p.num_batches_tracked;
-    const Kernels& k = scalar::kernels(p.dtype);
-    run(p, p.training, true, k.forward_reduce, k.forward_finish, k.forward_apply);
+    run(p, p.training, true, scalar::kernels(p.dtype).forward);
   }
   static void backward(const BackwardParams& p) {
-    const Kernels& k = scalar::kernels(p.dtype);
-    run(p, p.reduces(), p.grad_input != nullptr, k.backward_reduce, k.backward_finish, k.backward_apply);
+    run(p, p.reduces(), p.grad_input != nullptr, scalar::kernels(p.dtype).backward);
   }
 };
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bnext, CPU, m) { host::register_backend<Backend>(m); }
+TORCH_LIBRARY_IMPL(bnext, CPU, m) {
+  host::register_backend<Backend>(m);
+}
 
 }  // namespace bnext::cpu

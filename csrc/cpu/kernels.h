@@ -8,30 +8,32 @@
 
 namespace bnext::cpu {
 
-// How a problem is cut: a function of its shape alone, so that no bit of a result depends on the threads.
-// A block is what a kernel reads twice while it is in the nearest cache: part of a plane or several planes of one
-// channel (planar), or rows of all channels (channels_last). A chunk is a run of blocks, one unit of parallel work.
+// How a problem is cut into blocks: a function of its shape alone, so that no bit of a result depends on the
+// threads. A plane is what one channel has contiguous: S elements of an image (planar), or one
+// (channels_last, where the planes of all channels lie side by side in a row). A block is part of a plane or
+// several planes: what short sums run over before they are combined. A chunk is a run of blocks: what is
+// reduced to one partial result per channel.
 struct Tiling {
-  std::int64_t channels, planes, plane;  // planar: C, N, S; channels_last: 1, N * S, 1
-  std::int64_t block_size, planes_per_block, blocks_per_plane;
-  std::int64_t blocks, chunks;  // of one channel (planar) or of all (channels_last)
+  std::int64_t planes, plane;  // number of planes per channel, elements in each
+  std::int64_t block_size, planes_per_block, blocks_per_plane, blocks, chunks;
 
   explicit Tiling(const Problem& p) {
-    constexpr std::int64_t kBlock = 2048, kMinRows = 8, kSlab = 65536, kChunks = 64;
+    constexpr std::int64_t kBlock = 2048, kRows = 512, kChunks = 64;
     const bool planar = p.layout == Layout::planar;
-    channels = planar ? p.C : 1;
     planes = planar ? p.N : p.N * p.S;
     plane = planar ? p.S : 1;
-    block_size = planar ? kBlock : std::clamp(kSlab / p.C, kMinRows, kBlock);
+    block_size = planar ? kBlock : kRows;
     planes_per_block = std::max<std::int64_t>(1, block_size / plane);
     blocks_per_plane = (plane + block_size - 1) / block_size;
-    blocks = blocks_per_plane > 1 ? planes * blocks_per_plane : (planes + planes_per_block - 1) / planes_per_block;
+    blocks =
+        blocks_per_plane > 1 ? planes * blocks_per_plane : (planes + planes_per_block - 1) / planes_per_block;
     chunks = std::min(blocks, kChunks);
   }
 
   struct Block {
     std::int64_t plane_begin, plane_end, begin, end;  // planes, and elements within each
-    std::int64_t count() const { return (plane_end - plane_begin) * (end - begin); }
+    std::int64_t size() const { return end - begin; }
+    std::int64_t count() const { return (plane_end - plane_begin) * size(); }
   };
   Block block(std::int64_t b) const {
     if (blocks_per_plane > 1) {
@@ -43,11 +45,19 @@ struct Tiling {
   std::int64_t chunk_begin(std::int64_t chunk) const { return blocks * chunk / chunks; }
   // Values per channel in a chunk.
   std::int64_t chunk_count(std::int64_t chunk) const {
-    std::int64_t count = 0;
-    for (std::int64_t b = chunk_begin(chunk); b < chunk_begin(chunk + 1); ++b) count += block(b).count();
-    return count;
+    return values_before(chunk + 1) - values_before(chunk);
   }
-  std::int64_t units() const { return channels * chunks; }  // unit = channel * chunks + chunk
+
+ private:
+  std::int64_t values_before(std::int64_t chunk) const {
+    const std::int64_t b = chunk_begin(chunk);
+    return blocks_per_plane > 1 ? b / blocks_per_plane * plane + b % blocks_per_plane * block_size
+                                : std::min(b * planes_per_block, planes) * plane;
+  }
+};
+
+struct Range {
+  std::int64_t begin, end;
 };
 
 // Scratch of one call.
@@ -56,18 +66,23 @@ struct Scratch {
   void* factors;     // [4, C] of the compute type: what the elementwise pass needs of each channel
 };
 
-// One set for an instruction set. Ranges: units for reduce and apply, channels for finish. reduce reads the tensors
-// once and writes partials; finish combines them in order of chunks and writes everything of size [C]; apply
-// reads them again and writes the tensor of size [N, C, S].
+// One set for an instruction set and dtype. reduce reads the tensors once and writes partials; finish
+// combines them in order of chunks and writes everything of size [C]; apply reads them again and writes the
+// tensor [N, C, S], for some of each channel's N * S values. channels_last: reduce and apply take all
+// channels together.
+template <class Params>
+struct Steps {
+  void (*reduce)(const Params&, const Tiling&, const Scratch&, Range channels, Range chunks);
+  void (*finish)(const Params&, const Tiling&, const Scratch&, Range channels);
+  void (*apply)(const Params&, const Scratch&, Range channels, Range values);
+};
 struct Kernels {
-  template <class Params>
-  using Range = void (*)(const Params&, const Tiling&, const Scratch&, std::int64_t begin, std::int64_t end);
-  Range<ForwardParams> forward_reduce, forward_finish, forward_apply;
-  Range<BackwardParams> backward_reduce, backward_finish, backward_apply;
+  Steps<ForwardParams> forward;
+  Steps<BackwardParams> backward;
 };
 
-// The instruction-set units; each compiles kernels.inl in a namespace of its own, so that the linker never merges
-// two of them.
+// The instruction-set units; each compiles kernels.inl in a namespace of its own, so that the linker never
+// merges two of them.
 namespace scalar {
 const Kernels& kernels(DType dtype);
 }

@@ -2,6 +2,7 @@
 // namespace, and BNEXT_VECTOR_BYTES, its register width, before including this; the code is the same for all.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -38,7 +39,30 @@ inline void store(T* p, Vec<Compute> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// f(constant 0), f(constant 1), ...: a loop whose index is known to the compiler, so that arrays stay in registers.
+// Asks for the cache line at p; an address that is not there is no error.
+inline void prefetch(const void* p) {
+  __builtin_prefetch(p);
+}
+inline void prefetch_for_write(const void* p) {
+  __builtin_prefetch(p, 1);
+}
+template <class T>
+inline void prefetch_run(const T* p, std::int64_t size) {
+  constexpr std::int64_t kLine = 64 / sizeof(T), kMost = 1024 / sizeof(T);
+  for (std::int64_t i = 0; i < std::min(size, kMost); i += kLine) prefetch(p + i);
+}
+
+// sum[i] += v[i], in double; sum has lanes<Compute> elements.
+template <class Compute>
+inline void add_to(double* sum, Vec<Compute> v) {
+  Compute narrow[lanes<Compute>];
+  std::memcpy(narrow, &v, sizeof(v));
+  for (int i = 0; i < lanes<Compute>; i += lanes<double>)
+    store<double>(sum + i, load<double>(sum + i) + load<double>(narrow + i));
+}
+
+// f(constant 0), f(constant 1), ...: a loop whose index is known to the compiler, so that arrays stay in
+// registers.
 template <class F, int... I>
 inline void unrolled(F f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);

@@ -21,9 +21,7 @@ class Build(BuildExtension):
     def build_extensions(self) -> None:
         compiler = get_cxx_compiler()
         if shutil.which(compiler) is None:
-            sys.exit(
-                f"bnext needs a C++ compiler and {compiler!r} is not there: apt-get install g++, or set CXX."
-            )
+            sys.exit(f"bnext needs a C++ compiler and {compiler!r} is not there: apt-get install g++, or set CXX.")
         super().build_extensions()
 
 
@@ -34,9 +32,7 @@ def sources() -> list[str]:
         sys.exit("BNEXT_FORCE_CPU=1 and BNEXT_FORCE_CUDA=1 exclude each other: unset one.")
     cuda = glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu")
     if force_cuda and not cuda:
-        sys.exit(
-            "BNEXT_FORCE_CUDA=1: this version of bnext has no CUDA kernels; unset it to build for the CPU."
-        )
+        sys.exit("BNEXT_FORCE_CUDA=1: this version of bnext has no CUDA kernels; unset it to build for the CPU.")
     wanted = force_cuda or (not force_cpu and torch.version.cuda is not None and CUDA_HOME is not None)
     return sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + (cuda if wanted else []))
 
@@ -47,9 +43,7 @@ flags += [
     "-Wno-psabi",
 ]  # of torch's headers; of vectors wider than the base registers
 if sys.platform == "linux":
-    flags.append(
-        "-fopenmp"
-    )  # at::parallel_for is serial without; torch brings the runtime, so nothing to link
+    flags.append("-fopenmp")  # at::parallel_for is serial without; torch brings the runtime, so nothing to link
 
 setup(
     ext_modules=[

@@ -114,9 +114,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """output, mean and invstd from the op that `training` asks for."""
     if training:
-        return ops.batch_norm_train(
-            input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
-        )
+        return ops.batch_norm_train(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
     for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
         if buffer is None:
             raise RuntimeError(f"{name} must be defined in evaluation mode")

@@ -67,6 +67,4 @@ def batch_norm(
         raise TypeError(f"batch_norm(): argument 'training' must be bool, not {type(training).__name__}")
     if momentum is None:
         raise TypeError("batch_norm(): argument 'momentum' must be float, not NoneType")
-    return function.apply(
-        input, weight, bias, running_mean, running_var, None, training, float(momentum), float(eps)
-    )
+    return function.apply(input, weight, bias, running_mean, running_var, None, training, float(momentum), float(eps))

@@ -17,9 +17,7 @@ class _Forward(_BatchNorm):
     """
 
     # torch.jit.script compiles this in place of the forward below; a method needs a name of its own to be compiled.
-    _torch_forward = types.FunctionType(
-        _BatchNorm.forward.__code__, _BatchNorm.forward.__globals__, "_torch_forward"
-    )
+    _torch_forward = types.FunctionType(_BatchNorm.forward.__code__, _BatchNorm.forward.__globals__, "_torch_forward")
 
     def forward(self, input: Tensor) -> Tensor:
         """input [N, C, *] -> [N, C, *], as torch's module of the same name, errors and side effects included."""

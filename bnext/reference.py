@@ -24,9 +24,7 @@ def batch_stats(input: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return mean, var, (var + eps).rsqrt()
 
 
-def normalize(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor
-) -> Tensor:
+def normalize(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
     """(input - mean) * (weight * invstd) + bias."""
     scale = invstd if weight is None else weight * invstd
     output = (input - _per_channel(mean, input)) * _per_channel(scale, input)

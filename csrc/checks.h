@@ -16,23 +16,21 @@ inline void input(const Tensor& input) {
   TORCH_CHECK_NOT_IMPLEMENTED(input.scalar_type() == at::kDouble || input.scalar_type() == at::kFloat,
                               "\"batch_norm\" not implemented for '", input.scalar_type(),
                               "': expected input to be float64 or float32");
-  TORCH_CHECK(input.dim() >= 2, "expected input to have at least 2 dimensions (N, C, ...), got shape ",
-              input.sizes());
+  TORCH_CHECK(input.dim() >= 2, "expected input to have at least 2 dimensions (N, C, ...), got shape ", input.sizes());
 }
 
 // An argument with one value a channel. Parameters and buffers are of the input's dtype.
 inline void channels(const char* name, const OptTensor& t, const Tensor& input, at::ScalarType dtype) {
   if (!t || !t->defined()) return;
-  TORCH_CHECK(t->device() == input.device(), "expected ", name, " to be on ", input.device(),
-              " as input, got ", t->device());
-  TORCH_CHECK(t->numel() == input.size(1), name, " should contain ", input.size(1), " elements not ",
-              t->numel());
+  TORCH_CHECK(t->device() == input.device(), "expected ", name, " to be on ", input.device(), " as input, got ",
+              t->device());
+  TORCH_CHECK(t->numel() == input.size(1), name, " should contain ", input.size(1), " elements not ", t->numel());
   TORCH_CHECK(t->scalar_type() == dtype, "mixed dtype: expected ", name, " to have scalar type ", dtype,
               " for input of ", input.scalar_type(), ", got ", t->scalar_type());
 }
 
-inline void arguments(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                      const OptTensor& running_mean, const OptTensor& running_var) {
+inline void arguments(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const OptTensor& running_mean,
+                      const OptTensor& running_var) {
   input(x);
   const at::ScalarType dtype = x.scalar_type();
   channels("running_mean", running_mean, x, dtype);
@@ -46,14 +44,12 @@ inline void arguments(const Tensor& x, const OptTensor& weight, const OptTensor&
                     "expected input to have at least one channel, got shape ", x.sizes());
 }
 
-inline void train(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                  const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& counter,
-                  double eps) {
+inline void train(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const OptTensor& running_mean,
+                  const OptTensor& running_var, const OptTensor& counter, double eps) {
   TORCH_CHECK_INDEX(x.dim() > 0, "expected input to have at least 2 dimensions (N, C, ...), got a scalar");
   int64_t count = x.size(0);
   for (int64_t d = 2; d < x.dim(); ++d) count *= x.size(d);
-  TORCH_CHECK_VALUE(count != 1,
-                    "Expected more than 1 value per channel when training, got input size torch.Size(",
+  TORCH_CHECK_VALUE(count != 1, "Expected more than 1 value per channel when training, got input size torch.Size(",
                     x.sizes(), ")");
   TORCH_CHECK_VALUE(!(eps <= 0), "batch_norm eps must be positive during training, but got ", eps);
   TORCH_CHECK_VALUE((running_mean && running_mean->defined()) == (running_var && running_var->defined()),
@@ -76,8 +72,8 @@ inline void eval(const Tensor& x, const OptTensor& weight, const OptTensor& bias
 inline void backward(const Tensor& grad_output, const Tensor& x, const OptTensor& weight, const Tensor& mean,
                      const Tensor& invstd, at::ScalarType stats_dtype) {
   input(x);
-  TORCH_CHECK(grad_output.sizes() == x.sizes(), "expected grad_output to have the shape of input, ",
-              x.sizes(), ", got ", grad_output.sizes());
+  TORCH_CHECK(grad_output.sizes() == x.sizes(), "expected grad_output to have the shape of input, ", x.sizes(),
+              ", got ", grad_output.sizes());
   TORCH_CHECK(grad_output.scalar_type() == x.scalar_type() && grad_output.device() == x.device(),
               "expected grad_output to be ", x.scalar_type(), " on ", x.device(), " as input, got ",
               grad_output.scalar_type(), " on ", grad_output.device());

@@ -79,16 +79,15 @@ inline void set_counter(ForwardParams& p, const OptTensor& counter, std::optiona
 }
 
 template <class Backend>
-ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTensor& bias,
-                     const OptTensor& running_mean, const OptTensor& running_var, const OptTensor& counter,
-                     std::optional<double> momentum, double eps, bool training) {
+ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTensor& bias, const OptTensor& running_mean,
+                     const OptTensor& running_var, const OptTensor& counter, std::optional<double> momentum, double eps,
+                     bool training) {
   const at::MemoryFormat format = input.suggest_memory_format();
   const Tensor x = input.contiguous(format);
   Tensor output = at::empty_like(x, format);
   if (input.numel() == 0) {
     if (training && has(counter)) counter->add_(1);
-    return {output, at::zeros({input.size(1)}, stats_options(input)),
-            at::zeros({input.size(1)}, stats_options(input))};
+    return {output, at::zeros({input.size(1)}, stats_options(input)), at::zeros({input.size(1)}, stats_options(input))};
   }
   Tensor mean = at::empty({input.size(1)}, stats_options(input)), invstd = at::empty_like(mean);
   const Channels weight_(weight), bias_(bias), running_mean_(running_mean), running_var_(running_var);
@@ -118,8 +117,7 @@ ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTens
 template <class Backend>
 ThreeTensors batch_norm_train(const Tensor& input, const OptTensor& weight, const OptTensor& bias,
                               const OptTensor& running_mean, const OptTensor& running_var,
-                              const OptTensor& num_batches_tracked, std::optional<double> momentum,
-                              double eps) {
+                              const OptTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
   try {
     check::train(input, weight, bias, running_mean, running_var, num_batches_tracked, eps);
   } catch (...) {
@@ -127,8 +125,7 @@ ThreeTensors batch_norm_train(const Tensor& input, const OptTensor& weight, cons
     if (has(num_batches_tracked)) num_batches_tracked->add_(1);
     throw;
   }
-  return forward<Backend>(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
-                          true);
+  return forward<Backend>(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, true);
 }
 
 template <class Backend>

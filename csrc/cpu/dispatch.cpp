@@ -44,8 +44,7 @@ void reduce_all(const Params& p, const Tiling& tiling, const Scratch& scratch, c
 template <class Params>
 void apply_all(const Params& p, const Scratch& scratch, const Steps<Params>& steps) {
   if (p.layout == Layout::channels_last) {
-    parallel(p.count(), p.C,
-             [&](int64_t begin, int64_t end) { steps.apply(p, scratch, {0, p.C}, {begin, end}); });
+    parallel(p.count(), p.C, [&](int64_t begin, int64_t end) { steps.apply(p, scratch, {0, p.C}, {begin, end}); });
     return;
   }
   const int64_t pieces = std::min<int64_t>(p.S, 1 + 4 * at::get_num_threads() / (p.N * p.C));
@@ -80,8 +79,7 @@ void run(const Params& p, bool reduces, bool applies, const Steps<Params>& steps
     return;
   }
   if (reduces) reduce_all(p, tiling, scratch, steps);
-  parallel(p.C, tiling.chunks,
-           [&](int64_t begin, int64_t end) { steps.finish(p, tiling, scratch, {begin, end}); });
+  parallel(p.C, tiling.chunks, [&](int64_t begin, int64_t end) { steps.finish(p, tiling, scratch, {begin, end}); });
   if (applies) apply_all(p, scratch, steps);
 }
 

@@ -25,8 +25,7 @@ struct Tiling {
     block_size = planar ? kBlock : kRows;
     planes_per_block = std::max<std::int64_t>(1, block_size / plane);
     blocks_per_plane = (plane + block_size - 1) / block_size;
-    blocks =
-        blocks_per_plane > 1 ? planes * blocks_per_plane : (planes + planes_per_block - 1) / planes_per_block;
+    blocks = blocks_per_plane > 1 ? planes * blocks_per_plane : (planes + planes_per_block - 1) / planes_per_block;
     chunks = std::min(blocks, kChunks);
   }
 
@@ -44,9 +43,7 @@ struct Tiling {
   }
   std::int64_t chunk_begin(std::int64_t chunk) const { return blocks * chunk / chunks; }
   // Values per channel in a chunk.
-  std::int64_t chunk_count(std::int64_t chunk) const {
-    return values_before(chunk + 1) - values_before(chunk);
-  }
+  std::int64_t chunk_count(std::int64_t chunk) const { return values_before(chunk + 1) - values_before(chunk); }
 
  private:
   std::int64_t values_before(std::int64_t chunk) const {

@@ -8,10 +8,6 @@
 namespace bnext::cpu::BNEXT_ISA {
 namespace {
 
-// Compute type of the elementwise passes and of short sums; that of the saved mean and invstd.
-template <class T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // Sums over runs of consecutive elements: term t is what f adds to sum[t] for each element.
 template <class T, int terms>
 class RunSums {

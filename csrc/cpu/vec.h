@@ -10,6 +10,10 @@
 
 namespace bnext::cpu::BNEXT_ISA {
 
+// Compute type of the elementwise passes and of short sums; that of the saved mean and invstd.
+template <class T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 template <class T, int count>
 struct VecOf {
   typedef T type __attribute__((vector_size(count * sizeof(T))));

@@ -1,0 +1,185 @@
+// Training and evaluation forward, for kernels.inl.
+//
+// Statistics are shifted sums within a block, in double beyond runs of 16 or 32 values, combined by Chan's formula
+// across blocks. With E = N * C * S * itemsize: reduce reads E, apply reads E (from cache where the channels taken
+// together are few enough) and writes E.
+#pragma once
+
+#include <cmath>
+
+#include "common.inl"
+#include "reduce.inl"
+
+namespace bnext::cpu::BNEXT_ISA {
+namespace {
+
+constexpr int kForwardFactors = 3;  // mean, scale, bias
+
+// Mean and m2 of one channel of a block in double, two passes: for values that short sums cannot hold (an
+// infinity, a NaN, a square beyond float32).
+template <class T>
+void wide_stats(const ForwardParams& p, const Tiling::Block& block, int64_t c, double& mean, double& m2) {
+  const T* x = static_cast<const T*>(p.input);
+  const int64_t run = p.layout == Layout::planar ? p.C * p.S : p.C;
+  const auto each = [&](auto f) {
+    for (int64_t n = block.plane_begin; n < block.plane_end; ++n)
+      for (int64_t s = block.begin; s < block.end; ++s)
+        f(static_cast<double>(x[n * run + (p.layout == Layout::planar ? c * p.S + s : c)]));
+  };
+  double sum = 0, squares = 0;
+  each([&](double v) { sum += v; });
+  mean = sum / static_cast<double>(block.count());
+  each([&](double v) { squares += (v - mean) * (v - mean); });
+  m2 = squares;
+}
+
+// Takes a block's shifted sums into the channel's mean and m2 of the `count` values before it.
+template <class T>
+void add_block(const ForwardParams& p, const Tiling::Block& block, int64_t c, double shift, double sum, double squares,
+               double count, double& mean, double& m2) {
+  const double n = static_cast<double>(block.count());
+  double block_mean, block_m2;
+  if (std::isfinite(squares)) {
+    math::unshift(shift, sum, squares, n, block_mean, block_m2);
+  } else {
+    wide_stats<T>(p, block, c, block_mean, block_m2);
+  }
+  math::chan_combine(mean, m2, count, block_mean, block_m2, n);
+}
+
+// The part of a block that its shift is taken from: an eighth, at least one element of a plane.
+Tiling::Block sample(Tiling::Block block) {
+  if (block.plane_end - block.plane_begin > 1) {
+    block.plane_end = block.plane_begin + (block.plane_end - block.plane_begin + 7) / 8;
+  } else {
+    block.end = block.begin + (block.size() + 7) / 8;
+  }
+  return block;
+}
+
+// partials[k, 0, c] = mean, partials[k, 1, c] = m2 of chunk k.
+template <class T>
+void forward_reduce_planar(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels,
+                           Range chunks) {
+  const T* x = static_cast<const T*>(p.input);
+  for_groups(channels, chunks, [&](int64_t begin, int64_t end, int64_t k) {
+    double mean[kGroup] = {}, m2[kGroup] = {}, count = 0;
+    Compute<T> shift[kGroup];
+    for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
+      const Tiling::Block block = tiling.block(b), head = sample(block);
+      RunSums<T, 1> heads[kGroup];
+      for_runs(p, head, begin, end, [&](int64_t at, int64_t size, int64_t c) {
+        heads[c - begin].add(size, [](auto* s, auto v) { s[0] += v; }, x + at);
+      });
+      for (int64_t c = begin; c < end; ++c)
+        shift[c - begin] = static_cast<Compute<T>>(heads[c - begin].total(0) / static_cast<double>(head.count()));
+      RunSums<T, 2> sums[kGroup];
+      for_runs(p, block, begin, end, [&](int64_t at, int64_t size, int64_t c) {
+        const auto moments = [shift = shift[c - begin]](auto* s, auto v) {
+          const auto d = v - shift;
+          s[0] += d;
+          s[1] += d * d;
+        };
+        prefetch_run(x + at + p.C * p.S, size);
+        sums[c - begin].add(size, moments, x + at);
+      });
+      for (int64_t c = begin; c < end; ++c) {
+        const int64_t i = c - begin;
+        add_block<T>(p, block, c, shift[i], sums[i].total(0), sums[i].total(1), count, mean[i], m2[i]);
+      }
+      count += static_cast<double>(block.count());
+    }
+    std::copy_n(mean, end - begin, scratch.partials + 2 * k * p.C + begin);
+    std::copy_n(m2, end - begin, scratch.partials + (2 * k + 1) * p.C + begin);
+  });
+}
+
+template <class T>
+void forward_reduce_channels_last(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range,
+                                  Range chunks) {
+  const int64_t C = p.C;
+  std::vector<double> sums(2 * C);
+  std::vector<Compute<T>> shift(C);
+  RowSums<T, 1> heads(C);
+  RowSums<T, 2> both(C);
+  for (int64_t k = chunks.begin; k < chunks.end; ++k) {
+    double* mean = scratch.partials + 2 * k * C;
+    double* m2 = mean + C;
+    std::fill(mean, mean + 2 * C, 0.0);
+    double count = 0;
+    for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
+      const Tiling::Block block = tiling.block(b), head = sample(block);
+      const T* x = static_cast<const T*>(p.input) + block.plane_begin * C;
+      std::fill(sums.begin(), sums.end(), 0.0);
+      heads.add(sums.data(), head.count(), [](auto* s, auto, auto v) { s[0] += v; }, shift.data(), x);
+      for (int64_t c = 0; c < C; ++c) shift[c] = static_cast<Compute<T>>(sums[c] / static_cast<double>(head.count()));
+      std::fill(sums.begin(), sums.end(), 0.0);
+      const auto moments = [](auto* s, auto shift, auto v) {
+        const auto d = v - shift;
+        s[0] += d;
+        s[1] += d * d;
+      };
+      both.add(sums.data(), block.count(), moments, shift.data(), x);
+      for (int64_t c = 0; c < C; ++c) add_block<T>(p, block, c, shift[c], sums[c], sums[C + c], count, mean[c], m2[c]);
+      count += static_cast<double>(block.count());
+    }
+  }
+}
+
+template <class T>
+void forward_reduce(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels,
+                    Range chunks) {
+  (p.layout == Layout::planar ? forward_reduce_planar<T> : forward_reduce_channels_last<T>)(p, tiling, scratch,
+                                                                                            channels, chunks);
+}
+
+template <class T>
+void forward_finish(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels) {
+  using C = Compute<T>;
+  for (int64_t c = channels.begin; c < channels.end; ++c) {
+    double mean = 0, var = 0;
+    if (p.training) {
+      double m2 = 0, count = 0;
+      for (int64_t k = 0; k < tiling.chunks; ++k) {
+        const double n = static_cast<double>(tiling.chunk_count(k));
+        const double* partial = scratch.partials + 2 * k * p.C + c;
+        math::chan_combine(mean, m2, count, partial[0], partial[p.C], n);
+        count += n;
+      }
+      var = math::biased_var(m2, count);
+      if (p.running_mean) {
+        const double factor =
+            math::average_factor(p.cumulative, p.momentum, p.num_batches_tracked ? *p.num_batches_tracked : 0);
+        const auto update = [&](void* running, double batch) {
+          const double old = read(running, p.param_dtype, c);
+          write(running, p.param_dtype, c, math::update_running(old, batch, factor));
+        };
+        update(p.running_mean, mean);
+        update(p.running_var, math::unbiased_var(m2, count));
+      }
+    } else {
+      mean = read(p.running_mean, p.param_dtype, c);
+      var = read(p.running_var, p.param_dtype, c);
+    }
+    const C saved_mean = static_cast<C>(mean), saved_invstd = static_cast<C>(math::invstd(var, p.eps));
+    static_cast<C*>(p.mean)[c] = saved_mean;
+    static_cast<C*>(p.invstd)[c] = saved_invstd;
+    const auto factor = [&](int64_t j) -> C& {
+      return static_cast<C*>(scratch.factors)[factor_at<C, kForwardFactors>(j, c)];
+    };
+    factor(0) = saved_mean;
+    factor(1) = p.weight ? static_cast<C>(read(p.weight, p.param_dtype, c)) * saved_invstd : saved_invstd;
+    factor(2) = p.bias ? static_cast<C>(read(p.bias, p.param_dtype, c)) : C(0);
+  }
+}
+
+template <class T, class Epilogue>
+void forward_apply(const ForwardParams& p, const Scratch& scratch, Range channels, Range values) {
+  map<T, kForwardFactors>(
+      p, scratch, channels, values,
+      [](const auto* k, auto x) { return Epilogue::forward(math::normalize(x, k[0], k[1], k[2])); },
+      static_cast<T*>(p.output), static_cast<const T*>(p.input));
+}
+
+}  // namespace
+}  // namespace bnext::cpu::BNEXT_ISA

@@ -83,10 +83,11 @@ class BatchNormBackwardFunction(torch.autograd.Function):
         with torch.enable_grad():
             # New nodes: a gradient stops here, even where grad_output was itself computed from input.
             inputs = [t if t is None else t.view_as(t) for t in (grad_output, input, weight)]
+            wide = [t if t is None else t.to(mean.dtype) for t in inputs]  # half types in float32
             if ctx.training:
-                mean, _, invstd = reference.batch_stats(inputs[1], ctx.eps)
-            outputs = reference.backward(*inputs, mean, invstd, ctx.training)
-            wanted = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+                mean, _, invstd = reference.batch_stats(wide[1], ctx.eps)
+            outputs = reference.backward(*wide, mean, invstd, ctx.training)
+            wanted = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None]
             needed = [i for i in range(3) if ctx.needs_input_grad[i]]
             found = torch.autograd.grad(
                 [o for o, _ in wanted],

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <initializer_list>
 #include <optional>
 
 namespace bnext::host::check {
@@ -13,13 +14,14 @@ using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
 inline void input(const Tensor& input) {
-  TORCH_CHECK_NOT_IMPLEMENTED(input.scalar_type() == at::kDouble || input.scalar_type() == at::kFloat,
-                              "\"batch_norm\" not implemented for '", input.scalar_type(),
-                              "': expected input to be float64 or float32");
+  const at::ScalarType dtype = input.scalar_type();
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+      "\"batch_norm\" not implemented for '", dtype, "': expected input to be float64, float32, bfloat16 or float16");
   TORCH_CHECK(input.dim() >= 2, "expected input to have at least 2 dimensions (N, C, ...), got shape ", input.sizes());
 }
 
-// An argument with one value a channel. Parameters and buffers are of the input's dtype.
+// An argument with one value a channel.
 inline void channels(const char* name, const OptTensor& t, const Tensor& input, at::ScalarType dtype) {
   if (!t || !t->defined()) return;
   TORCH_CHECK(t->device() == input.device(), "expected ", name, " to be on ", input.device(), " as input, got ",
@@ -29,10 +31,18 @@ inline void channels(const char* name, const OptTensor& t, const Tensor& input, 
               " for input of ", input.scalar_type(), ", got ", t->scalar_type());
 }
 
+// Parameters and buffers are all of the input's dtype, or, for half input, all of float32.
+inline at::ScalarType param_dtype(const Tensor& input, std::initializer_list<const OptTensor*> params) {
+  const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
+  for (const OptTensor* t : params)
+    if (*t && (*t)->defined()) return half && (*t)->scalar_type() == at::kFloat ? at::kFloat : input.scalar_type();
+  return input.scalar_type();
+}
+
 inline void arguments(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const OptTensor& running_mean,
                       const OptTensor& running_var) {
   input(x);
-  const at::ScalarType dtype = x.scalar_type();
+  const at::ScalarType dtype = param_dtype(x, {&weight, &bias, &running_mean, &running_var});
   channels("running_mean", running_mean, x, dtype);
   channels("running_var", running_var, x, dtype);
   channels("weight", weight, x, dtype);
@@ -77,7 +87,7 @@ inline void backward(const Tensor& grad_output, const Tensor& x, const OptTensor
   TORCH_CHECK(grad_output.scalar_type() == x.scalar_type() && grad_output.device() == x.device(),
               "expected grad_output to be ", x.scalar_type(), " on ", x.device(), " as input, got ",
               grad_output.scalar_type(), " on ", grad_output.device());
-  channels("weight", weight, x, x.scalar_type());
+  channels("weight", weight, x, param_dtype(x, {&weight}));
   channels("mean", mean, x, stats_dtype);
   channels("invstd", invstd, x, stats_dtype);
 }

@@ -21,8 +21,18 @@ using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
+// Of a tensor that has passed check::input.
 inline DType dtype_of(const Tensor& t) {
-  return t.scalar_type() == at::kDouble ? DType::float64 : DType::float32;
+  switch (t.scalar_type()) {
+    case at::kDouble:
+      return DType::float64;
+    case at::kFloat:
+      return DType::float32;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    default:
+      return DType::float16;
+  }
 }
 
 // dtype of the saved mean and invstd.

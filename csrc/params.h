@@ -5,7 +5,11 @@
 
 namespace bnext {
 
-enum class DType : std::int32_t { float64, float32 };
+enum class DType : std::int32_t { float64, float32, bfloat16, float16 };
+
+inline std::int64_t itemsize(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
 
 enum class Layout : std::int32_t {
   planar,        // element (n, c, s) at (n * C + c) * S + s

@@ -12,15 +12,25 @@ using std::int64_t;
 
 constexpr int kGroup = 64;  // channels whose sums are kept at once (planar)
 
+template <class F>
+auto with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::float64:
+      return f(double{});
+    case DType::float32:
+      return f(float{});
+    case DType::bfloat16:
+      return f(BFloat16{});
+    default:
+      return f(Float16{});
+  }
+}
+
 double read(const void* p, DType dtype, int64_t i) {
-  return dtype == DType::float64 ? static_cast<const double*>(p)[i] : static_cast<const float*>(p)[i];
+  return with_type(dtype, [&](auto t) -> double { return to_float(static_cast<const decltype(t)*>(p)[i]); });
 }
 void write(void* p, DType dtype, int64_t i, double value) {
-  if (dtype == DType::float64) {
-    static_cast<double*>(p)[i] = value;
-  } else {
-    static_cast<float*>(p)[i] = static_cast<float>(value);
-  }
+  with_type(dtype, [&](auto t) { static_cast<decltype(t)*>(p)[i] = from_float<decltype(t)>(value); });
 }
 
 // Where factor j of channel c lies in Scratch::factors: a vector of each factor in turn, which an elementwise
@@ -52,7 +62,7 @@ void map_run(const C* factors, int64_t c, int64_t begin, int64_t end, F f, T* ou
   unrolled<factor_count>([&](auto j) { factor[j] = factors[factor_at<C, factor_count>(j, c)]; });
   int64_t i = begin;
   for (; i + lanes<C> <= end; i += lanes<C>) store<C>(out + i, f(factor, load<C>(in + i)...));
-  for (; i < end; ++i) out[i] = static_cast<T>(f(factor, static_cast<C>(in[i])...));
+  for (; i < end; ++i) out[i] = from_float<T>(f(factor, to_float(in[i])...));
 }
 
 // The same for `count` rows of C channels side by side, so that factors are loaded once for all of them. As for

@@ -66,7 +66,7 @@ void run(const Params& p, bool reduces, bool applies, const Steps<Params>& steps
   std::vector<double> partials(reduces ? 2 * tiling.chunks * p.C : 0), factors(4 * (p.C + 16));
   const Scratch scratch{partials.data(), factors.data()};
   if (reduces && applies && p.layout == Layout::planar && p.C >= 4 * at::get_num_threads()) {
-    const int64_t channel_bytes = p.count() * (p.dtype == DType::float64 ? 8 : 4);
+    const int64_t channel_bytes = p.count() * itemsize(p.dtype);
     const int64_t group = std::max<int64_t>(1, kGroupBytes / channel_bytes);
     parallel(p.C, p.count(), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; c += group) {

@@ -24,7 +24,7 @@ void wide_stats(const ForwardParams& p, const Tiling::Block& block, int64_t c, d
   const auto each = [&](auto f) {
     for (int64_t n = block.plane_begin; n < block.plane_end; ++n)
       for (int64_t s = block.begin; s < block.end; ++s)
-        f(static_cast<double>(x[n * run + (p.layout == Layout::planar ? c * p.S + s : c)]));
+        f(static_cast<double>(to_float(x[n * run + (p.layout == Layout::planar ? c * p.S + s : c)])));
   };
   double sum = 0, squares = 0;
   each([&](double v) { sum += v; });

@@ -15,7 +15,7 @@ constexpr Kernels table = {
 }  // namespace
 
 const Kernels& kernels(DType dtype) {
-  return dtype == DType::float64 ? table<double> : table<float>;
+  return *with_type(dtype, [](auto t) { return &table<decltype(t)>; });
 }
 
 }  // namespace bnext::cpu::BNEXT_ISA

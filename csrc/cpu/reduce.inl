@@ -29,7 +29,7 @@ class RunSums {
       for (; i + kLanes <= count; i += kLanes) f(part, load<C>(p + i)...);
       unrolled<terms>([&](auto t) { fold(t, part[t]); });
     }
-    for (; i < count; ++i) f(tail_, static_cast<double>(p[i])...);
+    for (; i < count; ++i) f(tail_, static_cast<double>(to_float(p[i]))...);
   }
   double total(int term) const {
     double total = tail_[term];
@@ -86,7 +86,7 @@ class RowSums {
       unrolled<terms>([&](auto t) { store<A>(part + t * kLanes, sum[t]); });
     }
     for (; c < size; ++c)
-      unrolled<rows>([&](auto r) { f(part_ + c * terms, channel[c], static_cast<A>(p[r * C_ + c])...); });
+      unrolled<rows>([&](auto r) { f(part_ + c * terms, channel[c], static_cast<A>(to_float(p[r * C_ + c]))...); });
   }
 
   void fold(double* sums, std::int64_t size) const {

@@ -8,6 +8,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "../half.h"
+
 namespace bnext::cpu::BNEXT_ISA {
 
 // Compute type of the elementwise passes and of short sums; that of the saved mean and invstd.
@@ -28,19 +30,30 @@ using Vec = typename VecOf<T, lanes<T>>::type;
 // lanes<Compute> consecutive elements at p, converted.
 template <class Compute, class T>
 inline Vec<Compute> load(const T* p) {
-  typename VecOf<T, lanes<Compute>>::type v;
-  std::memcpy(&v, p, sizeof(v));
-  if constexpr (std::is_same_v<T, Compute>) {
-    return v;
+  constexpr int kCount = lanes<Compute>;
+  if constexpr (sizeof(T) == sizeof(std::uint16_t)) {
+    typename VecOf<std::uint16_t, kCount>::type bits;
+    std::memcpy(&bits, p, sizeof(bits));
+    using U = typename VecOf<std::uint32_t, kCount>::type;
+    return T::template widen<U, Vec<float>>(__builtin_convertvector(bits, U));
   } else {
+    typename VecOf<T, kCount>::type v;
+    std::memcpy(&v, p, sizeof(v));
     return __builtin_convertvector(v, Vec<Compute>);
   }
 }
 
 template <class Compute, class T>
 inline void store(T* p, Vec<Compute> v) {
-  static_assert(std::is_same_v<T, Compute>);
-  std::memcpy(p, &v, sizeof(v));
+  if constexpr (sizeof(T) == sizeof(std::uint16_t)) {
+    using U = typename VecOf<std::uint32_t, lanes<float>>::type;
+    const auto bits =
+        __builtin_convertvector(T::template narrow<U>(v), typename VecOf<std::uint16_t, lanes<float>>::type);
+    std::memcpy(p, &bits, sizeof(bits));
+  } else {
+    static_assert(std::is_same_v<T, Compute>);
+    std::memcpy(p, &v, sizeof(v));
+  }
 }
 
 // Asks for the cache line at p; an address that is not there is no error.

@@ -4,6 +4,8 @@
 // (from cache where the channels taken together are few enough; E in evaluation) and writes E.
 #pragma once
 
+#include <vector>
+
 #include "common.inl"
 #include "reduce.inl"
 
@@ -25,11 +27,9 @@ void backward_reduce(const BackwardParams& p, const Tiling& tiling, const Scratc
   };
   if (p.layout == Layout::planar) {
     for_groups(channels, chunks, [&](int64_t begin, int64_t end, int64_t k) {
-      RunSums<T, 2> sums[kGroup];
+      std::vector<RunSums<T, 2>> sums(end - begin);
       for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
         for_runs(p, tiling.block(b), begin, end, [&](int64_t at, int64_t size, int64_t c) {
-          prefetch_run(grad_output + at + p.C * p.S, size);
-          prefetch_run(input + at + p.C * p.S, size);
           const auto f = [=](auto* s, auto dy, auto x) { products(s, mean[c], dy, x); };
           sums[c - begin].add(size, f, grad_output + at, input + at);
         });

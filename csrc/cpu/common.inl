@@ -108,8 +108,9 @@ void map(const Problem& p, const Scratch& scratch, Range channels, Range values,
   constexpr int kRows = 4;
   const int64_t row_bytes = p.C * static_cast<int64_t>(sizeof(T));
   int64_t row = values.begin;
-  // Where rows share a page, or where a row's factors alone fill the nearest cache; in between, one by one is faster.
-  if (row_bytes <= 1024 || row_bytes >= 8192)
+  // Where rows of some length share a page, or where a row's factors alone fill the nearest cache; in between, one by
+  // one is faster.
+  if ((row_bytes > 256 && row_bytes <= 1024) || row_bytes >= 8192)
     for (; row + kRows <= values.end; row += kRows)
       map_rows<A, factor_count, kRows>(factors, p.C, f, out + row * p.C, in + row * p.C...);
   for (; row < values.end; ++row) map_rows<A, factor_count, 1>(factors, p.C, f, out + row * p.C, in + row * p.C...);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <vector>
 
 #include "common.inl"
 #include "reduce.inl"
@@ -65,22 +66,23 @@ void forward_reduce_planar(const ForwardParams& p, const Tiling& tiling, const S
   for_groups(channels, chunks, [&](int64_t begin, int64_t end, int64_t k) {
     double mean[kGroup] = {}, m2[kGroup] = {}, count = 0;
     Compute<T> shift[kGroup];
+    std::vector<RunSums<T, 1>> heads;
+    std::vector<RunSums<T, 2>> sums;
     for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
       const Tiling::Block block = tiling.block(b), head = sample(block);
-      RunSums<T, 1> heads[kGroup];
+      heads.assign(end - begin, {});
       for_runs(p, head, begin, end, [&](int64_t at, int64_t size, int64_t c) {
         heads[c - begin].add(size, [](auto* s, auto v) { s[0] += v; }, x + at);
       });
       for (int64_t c = begin; c < end; ++c)
         shift[c - begin] = static_cast<Compute<T>>(heads[c - begin].total(0) / static_cast<double>(head.count()));
-      RunSums<T, 2> sums[kGroup];
+      sums.assign(end - begin, {});
       for_runs(p, block, begin, end, [&](int64_t at, int64_t size, int64_t c) {
         const auto moments = [shift = shift[c - begin]](auto* s, auto v) {
           const auto d = v - shift;
           s[0] += d;
           s[1] += d * d;
         };
-        prefetch_run(x + at + p.C * p.S, size);
         sums[c - begin].add(size, moments, x + at);
       });
       for (int64_t c = begin; c < end; ++c) {

@@ -12,7 +12,7 @@ namespace {
 template <class T, int terms>
 class RunSums {
   using C = Compute<T>;
-  static constexpr int kLanes = lanes<C>, kChains = 4, kDepth = 4, kAhead = 4096 / sizeof(C);
+  static constexpr int kLanes = lanes<C>, kChains = 4, kDepth = 4, kAhead = 8192 / sizeof(C);
 
  public:
   template <class F, class... P>

@@ -2,7 +2,6 @@
 // namespace, and BNEXT_VECTOR_BYTES, its register width, before including this; the code is the same for all.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -62,11 +61,6 @@ inline void prefetch(const void* p) {
 }
 inline void prefetch_for_write(const void* p) {
   __builtin_prefetch(p, 1);
-}
-template <class T>
-inline void prefetch_run(const T* p, std::int64_t size) {
-  constexpr std::int64_t kLine = 64 / sizeof(T), kMost = 1024 / sizeof(T);
-  for (std::int64_t i = 0; i < std::min(size, kMost); i += kLine) prefetch(p + i);
 }
 
 // sum[i] += v[i], in double; sum has lanes<Compute> elements.

@@ -76,7 +76,7 @@ void map_rows(const A* factors, int64_t C, F f, T* out, const In*... in) {
     Vec<A> factor[factor_count], result[count];
     unrolled<factor_count>([&](auto j) { factor[j] = load<A>(factors + c * factor_count + j * kLanes); });
     unrolled<count>([&](auto r) {
-      if (count > 1) {
+      if (count > 1 && C * static_cast<int64_t>(sizeof(T)) <= 4096) {
         const int64_t ahead = kAhead + count * c + r * kLanes;
         (prefetch(in + ahead), ...);
         prefetch_for_write(out + ahead);

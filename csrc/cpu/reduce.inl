@@ -78,7 +78,7 @@ class RowSums {
     std::int64_t c = 0;
     for (; c + kLanes <= size; c += kLanes) {
       A* part = part_ + c * terms;
-      unrolled<rows>([&](auto r) { (prefetch(p + kAhead + rows * c + r * kLanes), ...); });
+      if (size <= kAhead) unrolled<rows>([&](auto r) { (prefetch(p + kAhead + rows * c + r * kLanes), ...); });
       Vec<A> sum[terms];
       unrolled<terms>([&](auto t) { sum[t] = load<A>(part + t * kLanes); });
       const Vec<A> shared = load<A>(channel + c);

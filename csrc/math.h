@@ -7,22 +7,31 @@
 
 namespace bnext::math {
 
-// Chan, Golub & LeVeque (1979): merges mean and m2 = sum((x - mean)^2) of n_b values into those of n_a
-// values. Infinite means add up as they would in a sum: the difference would turn an infinite mean into NaN.
-inline void chan_combine(double& mean, double& m2, double n_a, double mean_b, double m2_b, double n_b) {
-  const double share = n_b / (n_a + n_b);
-  const double delta = mean_b - mean;
-  mean = std::isfinite(delta) ? mean + delta * share : mean + mean_b;
-  m2 = m2 + m2_b + delta * delta * (share * n_a);
+// Mean and m2 = sum((x - mean)^2) of some values. The mean is kept in two parts, so that differences of means do not
+// suffer from a large common one.
+struct Moments {
+  double origin, offset, m2;
+  double mean() const { return origin + offset; }
+};
+
+// From sum(x - shift) and sum((x - shift)^2), for a shift that is the mean of a share of the values: by Cauchy-Schwarz
+// the second sum is then at most (1 + 1 / share) * m2, so little cancels.
+inline Moments unshift(double shift, double sum, double squares, double count) {
+  const double m2 = squares - sum * sum / count;
+  return {shift, sum / count, m2 < 0 ? 0 : m2};
 }
 
-// Mean and m2 of count values from sum(x - shift) and sum((x - shift)^2), for a shift that is the mean of a
-// share of the values: by Cauchy-Schwarz the second sum is then at most (1 + 1 / share) * m2, so little
-// cancels.
-inline void unshift(double shift, double sum, double squares, double count, double& mean, double& m2) {
-  mean = shift + sum / count;
-  m2 = squares - sum * sum / count;
-  if (m2 < 0) m2 = 0;
+// Chan, Golub & LeVeque (1979): takes n_b values with moments b into a, the moments of n_a values.
+// Infinite means add up as they would in a sum: their difference would make a NaN of an infinity.
+inline void chan_combine(Moments& a, double n_a, const Moments& b, double n_b) {
+  if (n_a == 0) {
+    a = b;
+    return;
+  }
+  const double share = n_b / (n_a + n_b);
+  const double delta = (b.origin - a.origin) + (b.offset - a.offset);
+  a.offset = std::isfinite(delta) ? a.offset + delta * share : a.mean() + b.mean();
+  a.m2 = a.m2 + b.m2 + delta * delta * (share * n_a);
 }
 
 // The variance that normalises divides by n; the one kept in running_var by n - 1 (torch.nn.BatchNorm2d).

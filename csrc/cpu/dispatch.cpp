@@ -63,7 +63,7 @@ void apply_all(const Params& p, const Scratch& scratch, const Steps<Params>& ste
 template <class Params>
 void run(const Params& p, bool reduces, bool applies, const Steps<Params>& steps) {
   const Tiling tiling(p);
-  std::vector<double> partials(reduces ? 2 * tiling.chunks * p.C : 0), factors(4 * (p.C + 16));
+  std::vector<double> partials(reduces ? 3 * tiling.chunks * p.C : 0), factors(4 * (p.C + 16));
   const Scratch scratch{partials.data(), factors.data()};
   if (reduces && applies && p.layout == Layout::planar && p.C >= 4 * at::get_num_threads()) {
     const int64_t channel_bytes = p.count() * itemsize(p.dtype);

@@ -16,36 +16,40 @@ namespace {
 
 constexpr int kForwardFactors = 3;  // mean, scale, bias
 
-// Mean and m2 of one channel of a block in double, two passes: for values that short sums cannot hold (an
-// infinity, a NaN, a square beyond float32).
+// scratch.partials is [chunks, 3, C]: Moments, part by part.
+math::Moments get_moments(const double* partial, int64_t C) {
+  return {partial[0], partial[C], partial[2 * C]};
+}
+void put_moments(double* partial, int64_t C, const math::Moments& m) {
+  partial[0] = m.origin;
+  partial[C] = m.offset;
+  partial[2 * C] = m.m2;
+}
+
+// Moments of one channel of a block in double, two passes: for values that short sums cannot hold (an infinity, a NaN,
+// a square beyond float32).
 template <class T>
-void wide_stats(const ForwardParams& p, const Tiling::Block& block, int64_t c, double& mean, double& m2) {
+math::Moments wide_moments(const ForwardParams& p, const Tiling::Block& block, int64_t c) {
   const T* x = static_cast<const T*>(p.input);
-  const int64_t run = p.layout == Layout::planar ? p.C * p.S : p.C;
+  const bool planar = p.layout == Layout::planar;
   const auto each = [&](auto f) {
     for (int64_t n = block.plane_begin; n < block.plane_end; ++n)
       for (int64_t s = block.begin; s < block.end; ++s)
-        f(static_cast<double>(to_float(x[n * run + (p.layout == Layout::planar ? c * p.S + s : c)])));
+        f(static_cast<double>(to_float(x[planar ? (n * p.C + c) * p.S + s : n * p.C + c])));
   };
-  double sum = 0, squares = 0;
+  double sum = 0, m2 = 0;
   each([&](double v) { sum += v; });
-  mean = sum / static_cast<double>(block.count());
-  each([&](double v) { squares += (v - mean) * (v - mean); });
-  m2 = squares;
+  const double mean = sum / static_cast<double>(block.count());
+  each([&](double v) { m2 += (v - mean) * (v - mean); });
+  return {0, mean, m2};
 }
 
-// Takes a block's shifted sums into the channel's mean and m2 of the `count` values before it.
+// A block's moments from its shifted sums, unless those have overflowed.
 template <class T>
-void add_block(const ForwardParams& p, const Tiling::Block& block, int64_t c, double shift, double sum, double squares,
-               double count, double& mean, double& m2) {
-  const double n = static_cast<double>(block.count());
-  double block_mean, block_m2;
-  if (std::isfinite(squares)) {
-    math::unshift(shift, sum, squares, n, block_mean, block_m2);
-  } else {
-    wide_stats<T>(p, block, c, block_mean, block_m2);
-  }
-  math::chan_combine(mean, m2, count, block_mean, block_m2, n);
+math::Moments block_moments(const ForwardParams& p, const Tiling::Block& block, int64_t c, double shift, double sum,
+                            double squares) {
+  return std::isfinite(squares) ? math::unshift(shift, sum, squares, static_cast<double>(block.count()))
+                                : wide_moments<T>(p, block, c);
 }
 
 // The part of a block that its shift is taken from: an eighth, at least one element of a plane.
@@ -58,13 +62,13 @@ Tiling::Block sample(Tiling::Block block) {
   return block;
 }
 
-// partials[k, 0, c] = mean, partials[k, 1, c] = m2 of chunk k.
 template <class T>
 void forward_reduce_planar(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels,
                            Range chunks) {
   const T* x = static_cast<const T*>(p.input);
   for_groups(channels, chunks, [&](int64_t begin, int64_t end, int64_t k) {
-    double mean[kGroup] = {}, m2[kGroup] = {}, count = 0;
+    math::Moments moments[kGroup];
+    double count = 0;
     Compute<T> shift[kGroup];
     std::vector<RunSums<T, 1>> heads;
     std::vector<RunSums<T, 2>> sums;
@@ -78,21 +82,21 @@ void forward_reduce_planar(const ForwardParams& p, const Tiling& tiling, const S
         shift[c - begin] = static_cast<Compute<T>>(heads[c - begin].total(0) / static_cast<double>(head.count()));
       sums.assign(end - begin, {});
       for_runs(p, block, begin, end, [&](int64_t at, int64_t size, int64_t c) {
-        const auto moments = [shift = shift[c - begin]](auto* s, auto v) {
+        const auto f = [shift = shift[c - begin]](auto* s, auto v) {
           const auto d = v - shift;
           s[0] += d;
           s[1] += d * d;
         };
-        sums[c - begin].add(size, moments, x + at);
+        sums[c - begin].add(size, f, x + at);
       });
       for (int64_t c = begin; c < end; ++c) {
         const int64_t i = c - begin;
-        add_block<T>(p, block, c, shift[i], sums[i].total(0), sums[i].total(1), count, mean[i], m2[i]);
+        const auto block_stats = block_moments<T>(p, block, c, shift[i], sums[i].total(0), sums[i].total(1));
+        math::chan_combine(moments[i], count, block_stats, static_cast<double>(block.count()));
       }
       count += static_cast<double>(block.count());
     }
-    std::copy_n(mean, end - begin, scratch.partials + 2 * k * p.C + begin);
-    std::copy_n(m2, end - begin, scratch.partials + (2 * k + 1) * p.C + begin);
+    for (int64_t c = begin; c < end; ++c) put_moments(scratch.partials + 3 * k * p.C + c, p.C, moments[c - begin]);
   });
 }
 
@@ -105,9 +109,7 @@ void forward_reduce_channels_last(const ForwardParams& p, const Tiling& tiling, 
   RowSums<T, 1> heads(C);
   RowSums<T, 2> both(C);
   for (int64_t k = chunks.begin; k < chunks.end; ++k) {
-    double* mean = scratch.partials + 2 * k * C;
-    double* m2 = mean + C;
-    std::fill(mean, mean + 2 * C, 0.0);
+    double* partial = scratch.partials + 3 * k * C;
     double count = 0;
     for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
       const Tiling::Block block = tiling.block(b), head = sample(block);
@@ -116,13 +118,18 @@ void forward_reduce_channels_last(const ForwardParams& p, const Tiling& tiling, 
       heads.add(sums.data(), head.count(), [](auto* s, auto, auto v) { s[0] += v; }, shift.data(), x);
       for (int64_t c = 0; c < C; ++c) shift[c] = static_cast<Compute<T>>(sums[c] / static_cast<double>(head.count()));
       std::fill(sums.begin(), sums.end(), 0.0);
-      const auto moments = [](auto* s, auto shift, auto v) {
+      const auto f = [](auto* s, auto shift, auto v) {
         const auto d = v - shift;
         s[0] += d;
         s[1] += d * d;
       };
-      both.add(sums.data(), block.count(), moments, shift.data(), x);
-      for (int64_t c = 0; c < C; ++c) add_block<T>(p, block, c, shift[c], sums[c], sums[C + c], count, mean[c], m2[c]);
+      both.add(sums.data(), block.count(), f, shift.data(), x);
+      for (int64_t c = 0; c < C; ++c) {
+        math::Moments moments = get_moments(partial + c, C);
+        const auto block_stats = block_moments<T>(p, block, c, shift[c], sums[c], sums[C + c]);
+        math::chan_combine(moments, count, block_stats, static_cast<double>(block.count()));
+        put_moments(partial + c, C, moments);
+      }
       count += static_cast<double>(block.count());
     }
   }
@@ -141,14 +148,15 @@ void forward_finish(const ForwardParams& p, const Tiling& tiling, const Scratch&
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     double mean = 0, var = 0;
     if (p.training) {
-      double m2 = 0, count = 0;
+      math::Moments moments{};
+      double count = 0;
       for (int64_t k = 0; k < tiling.chunks; ++k) {
         const double n = static_cast<double>(tiling.chunk_count(k));
-        const double* partial = scratch.partials + 2 * k * p.C + c;
-        math::chan_combine(mean, m2, count, partial[0], partial[p.C], n);
+        math::chan_combine(moments, count, get_moments(scratch.partials + 3 * k * p.C + c, p.C), n);
         count += n;
       }
-      var = math::biased_var(m2, count);
+      mean = moments.mean();
+      var = math::biased_var(moments.m2, count);
       if (p.running_mean) {
         const double factor =
             math::average_factor(p.cumulative, p.momentum, p.num_batches_tracked ? *p.num_batches_tracked : 0);
@@ -157,7 +165,7 @@ void forward_finish(const ForwardParams& p, const Tiling& tiling, const Scratch&
           write(running, p.param_dtype, c, math::update_running(old, batch, factor));
         };
         update(p.running_mean, mean);
-        update(p.running_var, math::unbiased_var(m2, count));
+        update(p.running_var, math::unbiased_var(moments.m2, count));
       }
     } else {
       mean = read(p.running_mean, p.param_dtype, c);

@@ -59,7 +59,7 @@ struct Range {
 
 // Scratch of one call.
 struct Scratch {
-  double* partials;  // [chunks, 2, C]: what a reduction found in each chunk
+  double* partials;  // [chunks, at most 3, C]: what a reduction found in each chunk
   void* factors;     // [4, C] of the compute type: what the elementwise pass needs of each channel
 };
 

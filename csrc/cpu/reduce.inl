@@ -50,15 +50,15 @@ class RunSums {
 template <class T, int terms>
 class RowSums {
   using A = Compute<T>;
-  static constexpr int kLanes = lanes<A>, kRun = 32, kTile = 2048;  // rows in a short sum; channels at a time
-  static constexpr int kAhead = 4096 / sizeof(A);                   // elements
+  static constexpr int kLanes = lanes<A>, kTile = 2048;  // channels at a time
+  static constexpr int kAhead = 4096 / sizeof(A);        // elements
 
  public:
   explicit RowSums(std::int64_t C) : C_(C) {}
 
   template <class F, class... P>
   void add(double* sums, std::int64_t rows, F f, const A* channel, const P*... p) {
-    constexpr int kSide = 4 / sizeof...(P);
+    constexpr int kSide = 4 / sizeof...(P), kRun = 4 * kSide;  // rows side by side; rows in a short sum
     for (std::int64_t c = 0; c < C_; c += kTile) {
       const std::int64_t size = std::min<std::int64_t>(kTile, C_ - c);
       for (std::int64_t row = 0; row < rows; row += kRun) {
@@ -79,11 +79,10 @@ class RowSums {
     for (; c + kLanes <= size; c += kLanes) {
       A* part = part_ + c * terms;
       if (size <= kAhead) unrolled<rows>([&](auto r) { (prefetch(p + kAhead + rows * c + r * kLanes), ...); });
-      Vec<A> sum[terms];
-      unrolled<terms>([&](auto t) { sum[t] = load<A>(part + t * kLanes); });
+      Vec<A> sum[terms] = {};
       const Vec<A> shared = load<A>(channel + c);
       unrolled<rows>([&](auto r) { f(sum, shared, load<A>(p + r * C_ + c)...); });
-      unrolled<terms>([&](auto t) { store<A>(part + t * kLanes, sum[t]); });
+      unrolled<terms>([&](auto t) { store<A>(part + t * kLanes, load<A>(part + t * kLanes) + sum[t]); });
     }
     for (; c < size; ++c)
       unrolled<rows>([&](auto r) { f(part_ + c * terms, channel[c], static_cast<A>(to_float(p[r * C_ + c]))...); });

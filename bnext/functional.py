@@ -46,7 +46,7 @@ def batch_norm(
 
     Raises ValueError for one value per channel in training, for eps out of range and for one running buffer without
     the other; RuntimeError for sizes, dtypes or devices that do not match; NotImplementedError for a dtype that
-    batch norm is not defined for; TypeError for a momentum or training of the wrong type.
+    batch norm is not defined for; TypeError for a momentum, eps or training of the wrong type.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return handle_torch_function(
@@ -65,6 +65,7 @@ def batch_norm(
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if not isinstance(training, bool):
         raise TypeError(f"batch_norm(): argument 'training' must be bool, not {type(training).__name__}")
-    if momentum is None:
-        raise TypeError("batch_norm(): argument 'momentum' must be float, not NoneType")
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        if not hasattr(value, "__float__"):
+            raise TypeError(f"batch_norm(): argument '{name}' must be float, not {type(value).__name__}")
     return function.apply(input, weight, bias, running_mean, running_var, None, training, float(momentum), float(eps))

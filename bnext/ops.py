@@ -25,7 +25,15 @@ batch_norm_eval = torch.ops.bnext.batch_norm_eval.default
 batch_norm_backward = torch.ops.bnext.batch_norm_backward.default
 
 
-def _fake_forward(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _check_devices(input: Tensor, *others: Tensor | None) -> None:
+    """A meta tensor among real ones is dispatched here, and must not pass for a result."""
+    for other in others:
+        if other is not None and other.device != input.device:
+            raise RuntimeError(f"expected all tensors to be on {input.device} as input, got one on {other.device}")
+
+
+def _fake_forward(input: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(input, *others)
     output = torch.empty_like(input, memory_format=suggest_memory_format(input))
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     mean = input.new_empty(input.shape[1], dtype=dtype)
@@ -43,7 +51,7 @@ def _(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_forward(input)
+    return _fake_forward(input, weight, bias, running_mean, running_var, num_batches_tracked)
 
 
 @torch.library.register_fake("bnext::batch_norm_eval")
@@ -55,7 +63,7 @@ def _(
     running_var: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_forward(input)
+    return _fake_forward(input, weight, bias, running_mean, running_var)
 
 
 @torch.library.register_fake("bnext::batch_norm_backward")
@@ -68,6 +76,7 @@ def _(
     training: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    _check_devices(input, grad_output, weight, mean, invstd)
     param = mean if weight is None else weight
     return (
         torch.empty_like(input, memory_format=suggest_memory_format(input)) if output_mask[0] else None,

@@ -1,0 +1,228 @@
+"""Gradients of input, weight and bias against torch and the float64 oracle."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    ALL,
+    LARGE,
+    OUTPUTS,
+    SMALL,
+    bnext_ops,
+    by_dtype,
+    by_layout,
+    by_mode,
+    channel_arguments,
+    check,
+    in_layout,
+    layers,
+    run,
+    torch_ops,
+    values,
+)
+
+import bnext
+
+SHAPE = (3, 5, 7, 9)
+
+
+def problem(shape, dtype, layout="contiguous"):
+    """input, and the keyword arguments of a backward through it."""
+    arguments = channel_arguments(shape[1], dtype)
+    arguments["grad_output"] = in_layout(torch.randn(shape, dtype=dtype) + 0.3, layout)
+    return values(shape, dtype, layout), arguments
+
+
+@by_mode
+@by_layout
+@by_dtype
+@pytest.mark.parametrize("shape", SMALL + LARGE, ids=str)
+def test_shapes(shape, dtype, layout, training):
+    x, arguments = problem(shape, dtype, layout)
+    check(x, training=training, **arguments)
+
+
+@by_mode
+@by_layout
+@by_dtype
+@pytest.mark.parametrize("given", [(), ("weight",), ("bias",)], ids=str)
+def test_affine(given, dtype, layout, training):
+    x, arguments = problem(SHAPE, dtype, layout)
+    for name in {"weight", "bias"} - set(given):
+        del arguments[name]
+    check(x, training=training, **arguments)
+
+
+@by_mode
+@by_layout
+@pytest.mark.parametrize("shape", [SHAPE, (2, 3, 64, 67)], ids=str)
+@pytest.mark.parametrize("requires", list(itertools.product([True, False], repeat=3)), ids=str)
+def test_requires_grad(requires, shape, layout, training):
+    x, arguments = problem(shape, torch.float32, layout)
+    check(x, training=training, requires=requires, **arguments)
+
+
+@by_mode
+def test_weight_wanted_but_absent(training):
+    x, arguments = problem(SHAPE, torch.float32)
+    del arguments["weight"]
+    check(x, training=training, requires=(False, True, True), **arguments)
+
+
+UPSTREAM = {
+    "expanded scalar": lambda shape: torch.tensor(2.5).expand(shape),
+    "expanded channels": lambda shape: torch.randn(1, shape[1], 1, 1).expand(shape),
+    "expanded batch": lambda shape: torch.randn(1, *shape[1:]).expand(shape),
+    "sliced": lambda shape: torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2],
+    "permuted": lambda shape: torch.randn(shape[::-1]).permute(3, 2, 1, 0),
+    "contiguous": torch.randn,
+    "channels_last": lambda shape: in_layout(torch.randn(shape), "channels_last"),
+    "offset": lambda shape: torch.randn(1 + math.prod(shape))[1:].view(shape),
+}
+
+
+@by_mode
+@by_layout
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_upstream_strides(name, layout, training):
+    x, arguments = problem(SHAPE, torch.float32, layout)
+    arguments["grad_output"] = UPSTREAM[name](SHAPE)
+    before = arguments["grad_output"].clone()
+    check(x, training=training, **arguments)
+    assert torch.equal(arguments["grad_output"], before)
+
+
+INPUTS = {
+    "permuted": lambda: torch.randn(9, 5, 7, 3).permute(3, 1, 2, 0),
+    "sliced": lambda: torch.randn(3, 5, 7, 18)[..., ::2],
+    "sliced channels": lambda: in_layout(torch.randn(3, 11, 7, 9), "channels_last")[:, 3:8],
+    "expanded": lambda: torch.randn(1, 5, 7, 9).expand(SHAPE),
+    "offset": lambda: torch.randn(1 + math.prod(SHAPE))[1:].view(SHAPE),
+}
+
+
+@by_mode
+@pytest.mark.parametrize("name", INPUTS)
+def test_input_strides(name, training):
+    _, arguments = problem(SHAPE, torch.float32)
+    check(INPUTS[name](), training=training, **arguments)
+
+
+@by_mode
+def test_strided_weight(training):
+    x, arguments = problem(SHAPE, torch.float32)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        arguments[name] = arguments[name].repeat_interleave(2)[::2]
+    check(x, training=training, **arguments)
+
+
+@by_mode
+@by_layout
+def test_sum_backward(layout, training):
+    ours, theirs = layers()
+    x = values(SHAPE, torch.float32, layout)
+    grads = []
+    for layer, ops in ((ours, bnext_ops("train" if training else "eval", "backward")), (theirs, torch_ops())):
+        leaf = x.clone().requires_grad_()
+        with ops:
+            layer.train(training)(leaf).sum().backward()
+        grads.append((leaf.grad, layer.weight.grad, layer.bias.grad))
+    for mine, reference in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-4)
+
+
+HARD = {"mean 1e6 spread 1": (1e6, 1.0), "mean 1e4 spread 1e-2": (1e4, 1e-2), "spread 1e20": (0.0, 1e20)}
+
+
+@by_layout
+@by_dtype
+@pytest.mark.parametrize("shape", [(8, 9, 14, 14), (4, 3, 70, 70), (3000, 9)], ids=str)
+@pytest.mark.parametrize("name", HARD)
+def test_hard_numbers(name, shape, dtype, layout):
+    mean, spread = HARD[name]
+    _, arguments = problem(shape, dtype, layout)
+    x = in_layout((torch.randn(shape, dtype=torch.float64) * spread + mean).to(dtype), layout)
+    del arguments["running_mean"], arguments["running_var"]
+    check(x, **arguments)
+
+
+@by_layout
+@by_dtype
+def test_constant_channels(dtype, layout):
+    _, arguments = problem(SHAPE, dtype, layout)
+    ours = check(in_layout(torch.full(SHAPE, 1e5, dtype=dtype), layout), **arguments)
+    assert (ours["grad_weight"] == 0).all()
+
+
+@by_layout
+def test_large_gradient_beside_small_ones(layout):
+    x, arguments = problem((8, 9, 14, 14), torch.float32, layout)
+    arguments["grad_output"][0, :, 0, 0] = 1e8
+    check(x, **arguments)
+
+
+@by_mode
+@by_layout
+@pytest.mark.parametrize("where", ["input", "grad_output"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_nonfinite_channel(bad, where, layout, training):
+    x, arguments = problem((8, 9, 14, 14), torch.float32, layout)
+    (x if where == "input" else arguments["grad_output"])[2, 1, 3, 3] = bad
+    ours = run(bnext.batch_norm, x, training=training, **arguments)
+    theirs = run(F.batch_norm, x, training=training, **arguments)
+    for name in OUTPUTS[3:]:
+        torch.testing.assert_close(
+            ours[name], theirs[name], equal_nan=True, rtol=1e-3, atol=1e-2, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    others = [c for c in range(9) if c != 1]
+    assert ours["grad_input"][:, others].isfinite().all()
+    assert not ours["grad_weight"][1].isfinite()
+
+
+@by_layout
+def test_zero_upstream(layout):
+    x, arguments = problem(SHAPE, torch.float32, layout)
+    arguments["grad_output"].zero_()
+    ours = check(x, **arguments)
+    for name in OUTPUTS[3:]:
+        assert (ours[name] == 0).all(), name
+
+
+@by_mode
+def test_gradients_accumulate(training):
+    layer, _ = layers()
+    layer.train(training)
+    x = values(SHAPE, torch.float32).requires_grad_()
+    for _ in range(2):
+        layer(x).square().sum().backward()
+    once = x.grad.clone() / 2
+    x.grad = None
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, once)
+
+
+@pytest.mark.parametrize("switch", ["no_grad", "nothing requires grad"])
+def test_no_graph_where_none_is_wanted(switch):
+    x, arguments = problem(SHAPE, torch.float32)
+    leaf = x.requires_grad_(switch == "no_grad")
+    with torch.set_grad_enabled(switch != "no_grad"), bnext_ops("train"):
+        y = bnext.batch_norm(leaf, None, None, arguments["weight"], arguments["bias"], training=True)
+    assert not y.requires_grad
+    assert y.grad_fn is None
+
+
+def test_bnext_function_takes_the_documented_arguments():
+    x, arguments = problem(SHAPE, torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (x, arguments["weight"], arguments["bias"])]
+    counter, buffers = torch.tensor(3), [arguments["running_mean"].clone(), arguments["running_var"].clone()]
+    with bnext_ops("train", "backward"):
+        y = bnext.BatchNormFunction.apply(*leaves, *buffers, counter, True, None, 1e-5)
+        y.backward(arguments["grad_output"])
+    theirs = run(F.batch_norm, x, momentum=0.25, requires=ALL, **arguments)
+    assert counter == 4
+    found = (y.detach(), *buffers, *[t.grad for t in leaves])
+    for mine, name in zip(found, OUTPUTS, strict=True):
+        torch.testing.assert_close(mine, theirs[name])

@@ -1,0 +1,173 @@
+"""The only places where torch's own batch norm runs instead: each is detected, and gives torch's result."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_same_state, bnext_ops, layers, torch_ops
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
+
+import bnext
+
+
+@pytest.fixture(autouse=True)
+def _torch_jit_is_deprecated():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
+        yield
+
+
+def pair(**keywords):
+    ours, theirs = layers(5, **keywords)
+    return ours, theirs, torch.randn(4, 5, 6, 7)
+
+
+def test_outside_of_them_bnext_runs():
+    ours, _, x = pair()
+    with bnext_ops("train"):
+        ours(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_func_grad(training):
+    ours, theirs, x = pair(track_running_stats=not training)  # torch refuses to update captured buffers
+
+    def loss(layer):
+        buffers = {k: v.clone() for k, v in layer.named_buffers()}
+
+        def of(parameters, x):
+            return functional_call(layer, {**parameters, **buffers}, (x,)).square().sum()
+
+        return grad(of)(dict(layer.named_parameters()), x)
+
+    ours.train(training), theirs.train(training)
+    with torch_ops():
+        found = loss(ours)
+    expected = loss(theirs)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+def test_functional_call_without_a_transform_is_bnext():
+    ours, _, x = pair()
+    with bnext_ops("train"):
+        functional_call(ours, dict(ours.named_parameters()), (x,))
+
+
+def test_vmap():
+    ours, theirs, _ = pair()
+    ours.eval(), theirs.eval()
+    x = torch.randn(3, 4, 5, 6, 7)
+    with torch_ops():
+        found = vmap(ours)(x)
+    torch.testing.assert_close(found, vmap(theirs)(x))
+
+
+def test_jvp():
+    ours, theirs, x = pair(track_running_stats=False)
+    tangent = torch.randn_like(x)
+    with torch_ops():
+        found = jvp(ours, (x,), (tangent,))
+    torch.testing.assert_close(found, jvp(theirs, (x,), (tangent,)))
+
+
+@pytest.mark.parametrize("dual", ["input", "weight"])
+def test_forward_ad(dual):
+    x, weight, bias = torch.randn(4, 5, 6), torch.randn(5), torch.randn(5)
+    tangents = {"input": torch.randn(4, 5, 6), "weight": torch.randn(5)}
+    found = []
+    with forward_ad.dual_level():
+        for batch_norm in (bnext.batch_norm, F.batch_norm):
+            given = {"input": x, "weight": weight}
+            given[dual] = forward_ad.make_dual(given[dual], tangents[dual])
+            with torch_ops():
+                y = batch_norm(given["input"], None, None, given["weight"], bias, training=True)
+            found.append(forward_ad.unpack_dual(y))
+        with bnext_ops("train"):  # no tangent, no reason
+            bnext.batch_norm(x, None, None, weight, bias, training=True)
+    torch.testing.assert_close(found[0].primal, found[1].primal)
+    torch.testing.assert_close(found[0].tangent, found[1].tangent)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export(training):
+    ours, theirs, x = pair()
+    ours.train(training), theirs.train(training)
+    program = torch.export.export(ours, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    assert "bnext" not in str(program.graph)
+    larger = torch.randn(9, 5, 6, 7)
+    torch.testing.assert_close(program.module()(larger), theirs(larger))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_script(dim):
+    ours, theirs = layers(5, dim)
+    model = torch.nn.Sequential(ours, torch.nn.ReLU())
+    scripted = torch.jit.script(model)
+    assert type(model[0]) is type(ours)  # the eager model keeps its layers
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    assert b"bnext::" not in file.getvalue()
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    x = torch.randn(4, 5, *[6] * dim)
+    for training in (True, False):
+        loaded.train(training), theirs.train(training)
+        with torch_ops():
+            y = loaded(x)
+        torch.testing.assert_close(y, theirs(x).relu())
+    assert_same_state(getattr(loaded, "0"), theirs)
+
+
+def test_trace():
+    ours, theirs, x = pair()
+    ours.eval(), theirs.eval()
+    traced = torch.jit.trace(ours, (x,))
+    assert "aten::batch_norm" in str(traced.graph)
+    assert "bnext::" not in str(traced.graph)
+    assert "PythonOp" not in str(traced.graph)
+    torch.testing.assert_close(traced(x), theirs(x))
+
+
+def test_fx_keeps_the_layer_as_a_leaf():
+    ours, theirs, x = pair()
+    model = torch.nn.Sequential(torch.nn.Sequential(ours), torch.nn.ReLU())
+    traced = torch.fx.symbolic_trace(model)
+    calls = [(n.op, n.target) for n in traced.graph.nodes]
+    assert ("call_module", "0.0") in calls
+    assert traced.get_submodule("0.0") is ours
+    with bnext_ops("train"):
+        y = traced(x)
+    torch.testing.assert_close(y, theirs(x).relu())
+
+
+def test_fx_traces_the_function():
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            return bnext.batch_norm(x, None, None, training=True)
+
+    traced = torch.fx.symbolic_trace(Net())
+    assert [n.target for n in traced.graph.nodes if n.op == "call_function"] == [bnext.batch_norm]
+    x = torch.randn(4, 3, 2)
+    with bnext_ops("train"):
+        traced(x)
+
+
+def test_tensor_subclasses_go_through_torch_function():
+    class Marked(torch.Tensor):
+        pass
+
+    x = torch.randn(4, 3, 2).as_subclass(Marked)
+    with bnext_ops("train"):
+        y = bnext.batch_norm(x, None, None, training=True)
+    assert type(y) is Marked
+
+
+def test_a_copy_of_a_converted_layer_scripts_too():
+    layer = copy.deepcopy(bnext.convert_batchnorm(torch.nn.BatchNorm2d(5))).eval()
+    x = torch.randn(2, 5, 3, 3)
+    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))

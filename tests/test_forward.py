@@ -1,0 +1,187 @@
+"""Training and evaluation forward against torch and the float64 oracle."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    LARGE,
+    SMALL,
+    bnext_ops,
+    by_dtype,
+    by_layout,
+    by_mode,
+    channel_arguments,
+    check,
+    exact,
+    in_layout,
+    run,
+    values,
+)
+
+import bnext
+
+
+@by_mode
+@by_layout
+@by_dtype
+@pytest.mark.parametrize("shape", SMALL + LARGE, ids=str)
+def test_shapes(shape, dtype, layout, training):
+    check(values(shape, dtype, layout), training=training, **channel_arguments(shape[1], dtype))
+
+
+@by_mode
+@by_layout
+@by_dtype
+@pytest.mark.parametrize("given", [(), ("weight",), ("bias",), ("weight", "bias")], ids=str)
+def test_affine(given, dtype, layout, training):
+    arguments = channel_arguments(5, dtype)
+    for name in {"weight", "bias"} - set(given):
+        del arguments[name]
+    check(values((3, 5, 7, 9), dtype, layout), training=training, **arguments)
+
+
+@by_dtype
+def test_no_buffers(dtype):
+    check(values((3, 5, 7), dtype))
+
+
+@by_mode
+@pytest.mark.parametrize("eps", [1e-12, 1e-3, 10.0])
+def test_eps(eps, training):
+    check(values((3, 5, 7), torch.float32), training=training, eps=eps, **channel_arguments(5, torch.float32))
+
+
+INPUTS = {
+    "permuted": lambda: values((9, 5, 6, 4), torch.float32).permute(3, 1, 0, 2),
+    "transposed": lambda: values((6, 5), torch.float32).t(),
+    "sliced rows": lambda: values((9, 5, 6, 4), torch.float32)[::2],
+    "sliced channels": lambda: values((4, 11, 6, 4), torch.float32)[:, 1:9:2],
+    "sliced plane": lambda: values((4, 5, 6, 9), torch.float32)[..., 1:-1],
+    "sliced channels_last": lambda: values((4, 11, 6, 5), torch.float32, "channels_last")[:, 2:7],
+    "expanded batch": lambda: values((1, 5, 6, 4), torch.float32).expand(3, -1, -1, -1),
+    "expanded plane": lambda: values((4, 5, 1, 1), torch.float32).expand(-1, -1, 3, 3),
+    "expanded channel": lambda: values((4, 1, 3, 3), torch.float32).expand(-1, 5, -1, -1),
+    "offset": lambda: values((5, 5, 6, 4), torch.float32)[1:],
+    "offset by one": lambda: torch.randn(1 + 4 * 5 * 6)[1:].view(4, 5, 6),
+    "flipped view": lambda: values((4, 6, 5), torch.float32).transpose(1, 2),
+    "one channel as channels_last": lambda: values((4, 1, 6, 5), torch.float32, "channels_last"),
+    "no plane as channels_last": lambda: values((4, 6, 1, 1), torch.float32, "channels_last"),
+}
+
+
+@by_mode
+@pytest.mark.parametrize("name", INPUTS)
+def test_input_strides(name, training):
+    x = INPUTS[name]()
+    before = x.clone()
+    check(x, training=training, **channel_arguments(x.shape[1], x.dtype))
+    assert torch.equal(x, before)
+
+
+@by_mode
+def test_strided_channel_arguments(training):
+    arguments = {k: v[::2] for k, v in channel_arguments(10, torch.float32).items()}
+    check(values((3, 5, 4, 4), torch.float32), training=training, **arguments)
+
+
+HARD = {
+    "mean 1e6 spread 1": (1e6, 1.0),
+    "mean 1e4 spread 1e-2": (1e4, 1e-2),
+    "mean -1e3 spread 1e-3": (-1e3, 1e-3),
+    "spread 1e-4": (0.0, 1e-4),
+    "spread 1e20": (0.0, 1e20),  # squares are beyond float32
+    "mean 1e20 spread 1e15": (1e20, 1e15),
+    "tiny": (0.0, 1e-25),  # squares are below float32
+}
+
+
+@by_layout
+@by_dtype
+@pytest.mark.parametrize("shape", [(8, 9, 14, 14), (4, 3, 70, 70), (3000, 9)], ids=str)
+@pytest.mark.parametrize("name", HARD)
+def test_hard_numbers(name, shape, dtype, layout):
+    mean, spread = HARD[name]
+    x = in_layout((torch.randn(shape, dtype=torch.float64) * spread + mean).to(dtype), layout)
+    check(x, **channel_arguments(shape[1], dtype))
+
+
+@by_layout
+@pytest.mark.parametrize("shape", [(8, 9, 14, 14), (2, 3, 70, 70), (300, 9)], ids=str)
+def test_constant_channels(shape, layout):
+    x = in_layout(torch.full(shape, 1e5), layout)
+    x[:, 0] = -3.0
+    arguments = channel_arguments(shape[1], torch.float32)
+    ours = check(x, **arguments)
+    bias = arguments["bias"].reshape(1, -1, *[1] * (len(shape) - 2))
+    assert torch.equal(ours["output"], bias.expand(shape))
+
+
+@by_layout
+@by_dtype
+@pytest.mark.parametrize("outlier", [-1e4, 1e8, 1e25])
+def test_outlier_first(outlier, dtype, layout):
+    x = values((4, 9, 20, 20), dtype, layout)
+    x[0, :, 0, 0] = outlier
+    check(x, **channel_arguments(9, dtype))
+
+
+@by_layout
+@pytest.mark.parametrize("shape", [(8, 9, 14, 14), (2, 3, 70, 70), (300, 9)], ids=str)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("first", [True, False])
+def test_nonfinite_channel(bad, shape, layout, first):
+    x = values(shape, torch.float32, layout)
+    x[(0, 1, *[0] * (len(shape) - 2)) if first else (-1, 1, *[-1] * (len(shape) - 2))] = bad
+    arguments = channel_arguments(shape[1], torch.float32)
+    with bnext_ops("train"):
+        ours = run(bnext.batch_norm, x, **arguments)
+    theirs = run(F.batch_norm, x, **arguments)
+    for name in ("output", "running_mean", "running_var"):
+        mine, reference = ours[name], theirs[name]
+        assert torch.equal(mine.isnan(), reference.isnan()), name
+        torch.testing.assert_close(mine, reference, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
+    others = [c for c in range(shape[1]) if c != 1]
+    assert ours["output"][:, others].isfinite().all()
+    assert not ours["output"][:, 1].isfinite().any()
+    assert not ours["running_mean"][1].isfinite()
+
+
+def test_infinities_of_both_signs():
+    x = values((8, 5, 14, 14), torch.float32)
+    x[0, 1, 0, 0], x[-1, 1, -1, -1] = math.inf, -math.inf
+    arguments = channel_arguments(5, torch.float32)
+    ours, theirs = run(bnext.batch_norm, x, **arguments), run(F.batch_norm, x, **arguments)
+    for name in ("output", "running_mean", "running_var"):
+        torch.testing.assert_close(ours[name], theirs[name], equal_nan=True)
+    assert ours["running_mean"][1].isnan()
+
+
+def test_nonfinite_in_eval():
+    x = values((8, 5, 4, 4), torch.float32)
+    x[0, 1, 0, 0], x[1, 2, 0, 0] = math.nan, math.inf
+    arguments = channel_arguments(5, torch.float32)
+    arguments["running_var"][3] = 0.0
+    ours = run(bnext.batch_norm, x, training=False, **arguments)
+    theirs = run(F.batch_norm, x, training=False, **arguments)
+    torch.testing.assert_close(ours["output"], theirs["output"], equal_nan=True)
+    assert ours["output"].isnan().sum() == 1
+
+
+def test_zero_variance_and_eps_in_eval():
+    x = values((8, 5, 4, 4), torch.float32)
+    arguments = channel_arguments(5, torch.float32)
+    arguments["running_var"].zero_()
+    ours = run(bnext.batch_norm, x, training=False, eps=0.0, **arguments)["output"]
+    oracle, _ = exact(x, training=False, eps=0.0, **arguments)
+    assert torch.equal(ours.double(), oracle["output"])  # infinities; torch folds the mean away into NaN
+    assert ours.isinf().all()
+
+
+def test_input_is_not_the_output():
+    x = values((3, 5, 4), torch.float32)
+    before = x.clone()
+    y = bnext.batch_norm(x, None, None, training=True)
+    y.fill_(7)
+    assert torch.equal(x, before)

@@ -1,0 +1,76 @@
+"""The package as people meet it: names, the build's switches, README's examples."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bnext
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if README.exists() else []
+
+
+def test_public_names():
+    assert sorted(bnext.__all__) == sorted(name for name in bnext.__all__ if hasattr(bnext, name))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", bnext.__version__)
+
+
+def test_built_for_this_torch():
+    assert bnext.ops.built_for_torch == torch.__version__
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_readme_examples(example, caplog):
+    with caplog.at_level(logging.WARNING, logger="bnext"):
+        exec(example, {})
+    assert not caplog.records
+
+
+def test_readme_has_examples():
+    assert len(EXAMPLES) >= 2
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a checkout")
+@pytest.mark.parametrize(
+    ("switches", "sentence"),
+    [
+        ({"BNEXT_FORCE_CPU": "1", "BNEXT_FORCE_CUDA": "1"}, "exclude each other"),
+        ({"BNEXT_FORCE_CUDA": "1"}, "no CUDA kernels"),
+        ({"CXX": "/no/such/compiler"}, "needs a C++ compiler"),
+    ],
+    ids=["both", "cuda", "compiler"],
+)
+def test_refused_builds_say_why(switches, sentence, tmp_path):
+    build = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path],
+        cwd=ROOT,
+        env={**os.environ, **switches},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert build.returncode != 0
+    assert sentence in build.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in build.stderr
+
+
+def test_torch_missing_is_one_sentence(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    build = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert build.returncode != 0
+    assert "pip install torch" in build.stderr
+    assert "Traceback" not in build.stderr

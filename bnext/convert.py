@@ -4,7 +4,7 @@ import logging
 from typing import TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
@@ -40,7 +40,7 @@ def _reclass(module: _Module, classes: dict[type, type]) -> _Module:
         if type(layer) in classes:
             layer.__class__ = classes[type(layer)]
             done += 1
-        elif isinstance(layer, _NormBase) and type(layer) not in classes.values():
+        elif isinstance(layer, _BatchNorm) and type(layer) not in classes.values():
             skipped.append(f"{name or '(root)'}: {type(layer).__module__}.{type(layer).__qualname__}")
     _log.info("%d batch norm layers changed to %s", done, next(iter(classes.values())).__module__)
     if skipped:

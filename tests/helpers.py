@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bnext
 from bnext import reference
 
-DTYPES = [torch.float32, torch.float64]
+WIDE = [torch.float32, torch.float64]
+HALF = [torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels_last"]
 OUTPUTS = ("output", "running_mean", "running_var", "grad_input", "grad_weight", "grad_bias")
 ALL = (True, True, True)
@@ -232,6 +233,7 @@ def assert_same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
         torch.testing.assert_close(ours.state_dict()[key], value, msg=lambda m, key=key: f"{key}: {m}")
 
 
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+by_dtype = pytest.mark.parametrize("dtype", WIDE + HALF, ids=lambda d: str(d).removeprefix("torch."))
+by_wide_dtype = pytest.mark.parametrize("dtype", WIDE, ids=["float32", "float64"])
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 by_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -15,6 +15,7 @@ from helpers import (
     by_dtype,
     by_layout,
     by_mode,
+    by_wide_dtype,
     channel_arguments,
     check,
     in_layout,
@@ -138,7 +139,7 @@ HARD = {"mean 1e6 spread 1": (1e6, 1.0), "mean 1e4 spread 1e-2": (1e4, 1e-2), "s
 
 
 @by_layout
-@by_dtype
+@by_wide_dtype
 @pytest.mark.parametrize("shape", [(8, 9, 14, 14), (4, 3, 70, 70), (3000, 9)], ids=str)
 @pytest.mark.parametrize("name", HARD)
 def test_hard_numbers(name, shape, dtype, layout):
@@ -150,7 +151,7 @@ def test_hard_numbers(name, shape, dtype, layout):
 
 
 @by_layout
-@by_dtype
+@by_wide_dtype
 def test_constant_channels(dtype, layout):
     _, arguments = problem(SHAPE, dtype, layout)
     ours = check(in_layout(torch.full(SHAPE, 1e5, dtype=dtype), layout), **arguments)

@@ -12,6 +12,7 @@ from helpers import (
     by_dtype,
     by_layout,
     by_mode,
+    by_wide_dtype,
     channel_arguments,
     check,
     exact,
@@ -98,7 +99,7 @@ HARD = {
 
 
 @by_layout
-@by_dtype
+@by_wide_dtype
 @pytest.mark.parametrize("shape", [(8, 9, 14, 14), (4, 3, 70, 70), (3000, 9)], ids=str)
 @pytest.mark.parametrize("name", HARD)
 def test_hard_numbers(name, shape, dtype, layout):
@@ -119,7 +120,7 @@ def test_constant_channels(shape, layout):
 
 
 @by_layout
-@by_dtype
+@by_wide_dtype
 @pytest.mark.parametrize("outlier", [-1e4, 1e8, 1e25])
 def test_outlier_first(outlier, dtype, layout):
     x = values((4, 9, 20, 20), dtype, layout)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import by_dtype, by_layout, channel_arguments, values
+from helpers import by_layout, by_wide_dtype, channel_arguments, values
 
 ops = torch.ops.bnext
 SHAPES = [(4, 5), (3, 5, 7), (2, 5, 4, 3), (2, 3, 2, 3, 2), (0, 5, 4, 3)]
@@ -19,7 +19,7 @@ GIVEN = [(), ("weight", "bias"), ("weight",), ("buffers",), ("weight", "bias", "
 
 
 @by_layout
-@by_dtype
+@by_wide_dtype
 @pytest.mark.parametrize("given", GIVEN, ids=str)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_opcheck_train(given, momentum, dtype, layout):
@@ -28,7 +28,7 @@ def test_opcheck_train(given, momentum, dtype, layout):
 
 
 @by_layout
-@by_dtype
+@by_wide_dtype
 @pytest.mark.parametrize("affine", [True, False])
 def test_opcheck_eval(affine, dtype, layout):
     for shape in SHAPES:
@@ -41,7 +41,7 @@ def test_opcheck_eval(affine, dtype, layout):
 
 
 @by_layout
-@by_dtype
+@by_wide_dtype
 @pytest.mark.parametrize("mask", [[True] * 3, [True, False, False], [False, True, True], [False] * 3], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_opcheck_backward(mask, training, dtype, layout):
@@ -54,7 +54,7 @@ def test_opcheck_backward(mask, training, dtype, layout):
 
 
 @by_layout
-@by_dtype
+@by_wide_dtype
 def test_meta_agrees_with_the_kernels(dtype, layout):
     for shape in SHAPES:
         arguments = train_arguments(shape, dtype, layout, ("weight", "bias", "buffers"))

@@ -22,12 +22,14 @@ class RunSums {
       for (int u = 0; u < kChains * kDepth * kLanes; u += 64 / sizeof(C)) (prefetch(p + i + u + kAhead), ...);
       Vec<C> part[kChains][terms] = {};
       unrolled<kChains * kDepth>([&](auto u) { f(part[u % kChains], load<C>(p + i + u * kLanes)...); });
-      unrolled<terms>([&](auto t) { fold(t, (part[0][t] + part[1][t]) + (part[2][t] + part[3][t])); });
+      fold(part);
     }
     if (i + kLanes <= count) {
-      Vec<C> part[terms] = {};
-      for (; i + kLanes <= count; i += kLanes) f(part, load<C>(p + i)...);
-      unrolled<terms>([&](auto t) { fold(t, part[t]); });
+      Vec<C> part[kChains][terms] = {};
+      for (; i + kLanes * kChains <= count; i += kLanes * kChains)
+        unrolled<kChains>([&](auto u) { f(part[u], load<C>(p + i + u * kLanes)...); });
+      for (; i + kLanes <= count; i += kLanes) f(part[0], load<C>(p + i)...);
+      fold(part);
     }
     for (; i < count; ++i) f(tail_, static_cast<double>(to_float(p[i]))...);
   }
@@ -38,7 +40,9 @@ class RunSums {
   }
 
  private:
-  void fold(int term, Vec<C> part) { add_to<C>(sums_[term], part); }
+  void fold(const Vec<C> (&part)[kChains][terms]) {
+    unrolled<terms>([&](auto t) { add_to<C>(sums_[t], (part[0][t] + part[1][t]) + (part[2][t] + part[3][t])); });
+  }
   double sums_[terms][kLanes] = {};
   double tail_[terms] = {};
 };
@@ -58,7 +62,7 @@ class RowSums {
 
   template <class F, class... P>
   void add(double* sums, std::int64_t rows, F f, const A* channel, const P*... p) {
-    constexpr int kSide = 4 / sizeof...(P), kRun = 4 * kSide;  // rows side by side; rows in a short sum
+    constexpr int kSide = 4 / sizeof...(P), kRun = 12 * kSide;  // rows side by side; rows in a short sum
     for (std::int64_t c = 0; c < C_; c += kTile) {
       const std::int64_t size = std::min<std::int64_t>(kTile, C_ - c);
       for (std::int64_t row = 0; row < rows; row += kRun) {

@@ -143,8 +143,8 @@ def test_called_twice_before_one_backward(training):
         x, z = a.clone().requires_grad_(), b.clone().requires_grad_()
         ((layer(x) + 2 * layer(z)) * g).sum().backward()
         found.append((x.grad, z.grad, layer.weight.grad, layer.bias.grad))
-    for mine, reference in zip(*found, strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_eval_backward_keeps_the_statistics_of_its_forward():

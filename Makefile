@@ -25,7 +25,7 @@ bench: build
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m clang_format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
+	clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
 	@torch=$$($(PYTHON) -c "import torch; print(torch.__path__[0])"); \
 	python=$$($(PYTHON) -c "import sysconfig; print(sysconfig.get_path('include'))"); \
 	for file in $(wildcard csrc/*.cpp csrc/*/*.cpp); do \

@@ -1,7 +1,8 @@
 // Backward of both, for kernels.inl: grad_weight = sum(dy * (x - mean)) * invstd, grad_bias = sum(dy), grad_input.
 //
-// Sums run in double beyond runs of 16 or 32 values. With E = N * C * S * itemsize: reduce reads 2E, apply reads 2E
-// (from cache where the channels taken together are few enough; E in evaluation) and writes E.
+// Sums run in double beyond runs of 16 values (planar) or 24 rows (channels_last). With E = N * C * S * itemsize:
+// reduce reads 2E, apply reads 2E (from cache where the channels taken together are few enough; E in evaluation) and
+// writes E.
 #pragma once
 
 #include <vector>

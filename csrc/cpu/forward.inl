@@ -1,8 +1,8 @@
 // Training and evaluation forward, for kernels.inl.
 //
-// Statistics are shifted sums within a block, in double beyond runs of 16 or 32 values, combined by Chan's formula
-// across blocks. With E = N * C * S * itemsize: reduce reads E, apply reads E (from cache where the channels taken
-// together are few enough) and writes E.
+// Statistics are shifted sums within a block, in double beyond runs of 16 values (planar) or 48 rows (channels_last),
+// combined by Chan's formula across blocks. With E = N * C * S * itemsize: reduce reads E, apply reads E (from cache
+// where the channels taken together are few enough) and writes E.
 #pragma once
 
 #include <cmath>

@@ -51,7 +51,7 @@ setup(
             "bnext._C",
             sources(),
             define_macros=[("BNEXT_TORCH_VERSION", torch.__version__)],
-            extra_compile_args=flags + os.environ.get("BNEXT_CXXFLAGS", "").split(),
+            extra_compile_args=flags,
         )
     ],
     cmdclass={"build_ext": Build},

@@ -13,6 +13,10 @@ namespace bnext::host::check {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
+inline bool has(const OptTensor& t) {
+  return t && t->defined();
+}
+
 inline void input(const Tensor& input) {
   const at::ScalarType dtype = input.scalar_type();
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -23,7 +27,7 @@ inline void input(const Tensor& input) {
 
 // An argument with one value a channel.
 inline void channels(const char* name, const OptTensor& t, const Tensor& input, at::ScalarType dtype) {
-  if (!t || !t->defined()) return;
+  if (!has(t)) return;
   TORCH_CHECK(t->device() == input.device(), "expected ", name, " to be on ", input.device(), " as input, got ",
               t->device());
   TORCH_CHECK(t->numel() == input.size(1), name, " should contain ", input.size(1), " elements not ", t->numel());
@@ -35,7 +39,7 @@ inline void channels(const char* name, const OptTensor& t, const Tensor& input, 
 inline at::ScalarType param_dtype(const Tensor& input, std::initializer_list<const OptTensor*> params) {
   const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
   for (const OptTensor* t : params)
-    if (*t && (*t)->defined()) return half && (*t)->scalar_type() == at::kFloat ? at::kFloat : input.scalar_type();
+    if (has(*t)) return half && (*t)->scalar_type() == at::kFloat ? at::kFloat : input.scalar_type();
   return input.scalar_type();
 }
 
@@ -48,9 +52,9 @@ inline void arguments(const Tensor& x, const OptTensor& weight, const OptTensor&
   channels("weight", weight, x, dtype);
   channels("bias", bias, x, dtype);
   for (const OptTensor* buffer : {&running_mean, &running_var})
-    TORCH_CHECK(!*buffer || !(*buffer)->defined() || (*buffer)->dim() == 1,
+    TORCH_CHECK(!has(*buffer) || (*buffer)->dim() == 1,
                 "expected running_mean and running_var to have 1 dimension, got ", (*buffer)->dim());
-  TORCH_CHECK_INDEX(x.size(1) > 0 || !((weight && weight->defined()) || (bias && bias->defined())),
+  TORCH_CHECK_INDEX(x.size(1) > 0 || !(has(weight) || has(bias)),
                     "expected input to have at least one channel, got shape ", x.sizes());
 }
 
@@ -62,10 +66,10 @@ inline void train(const Tensor& x, const OptTensor& weight, const OptTensor& bia
   TORCH_CHECK_VALUE(count != 1, "Expected more than 1 value per channel when training, got input size torch.Size(",
                     x.sizes(), ")");
   TORCH_CHECK_VALUE(!(eps <= 0), "batch_norm eps must be positive during training, but got ", eps);
-  TORCH_CHECK_VALUE((running_mean && running_mean->defined()) == (running_var && running_var->defined()),
+  TORCH_CHECK_VALUE(has(running_mean) == has(running_var),
                     "running_mean and running_var must either both be None or neither be None");
   arguments(x, weight, bias, running_mean, running_var);
-  if (counter && counter->defined()) {
+  if (has(counter)) {
     TORCH_CHECK(counter->numel() == 1, "expected num_batches_tracked to have one element, got shape ",
                 counter->sizes());
     TORCH_CHECK(counter->device() == x.device(), "expected num_batches_tracked to be on ", x.device(),

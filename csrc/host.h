@@ -20,6 +20,7 @@ namespace bnext::host {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+using check::has;
 
 // Of a tensor that has passed check::input.
 inline DType dtype_of(const Tensor& t) {
@@ -40,8 +41,7 @@ inline at::TensorOptions stats_options(const Tensor& input) {
   return input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
-// `input` must be dense in `format`. Without spatial size the two layouts coincide, and rows of channels it
-// is.
+// `input` must be dense in `format`. Without spatial size the layouts coincide, and count as channels_last.
 inline void set_problem(Problem& p, const Tensor& input, at::MemoryFormat format, DType param_dtype) {
   p.N = input.size(0);
   p.C = input.size(1);
@@ -56,7 +56,7 @@ inline void set_problem(Problem& p, const Tensor& input, at::MemoryFormat format
 class Channels {
  public:
   explicit Channels(const OptTensor& t) {
-    if (t && t->defined()) tensor_ = t->contiguous();
+    if (has(t)) tensor_ = t->contiguous();
   }
   void* data() const { return tensor_.defined() ? tensor_.data_ptr() : nullptr; }
   // A kernel has written to data(): brings that into the caller's tensor if contiguous() made a copy.
@@ -68,12 +68,7 @@ class Channels {
   Tensor tensor_;
 };
 
-inline bool has(const OptTensor& t) {
-  return t && t->defined();
-}
-
-// Points the kernel at the counter. One that is not int64 (Module.type() casts it too) is counted here
-// instead.
+// Points the kernel at the counter. One that is not int64 (Module.type() casts it too) is counted here.
 inline void set_counter(ForwardParams& p, const OptTensor& counter, std::optional<double> momentum) {
   p.cumulative = has(counter) && !momentum;
   p.momentum = momentum.value_or(0.0);

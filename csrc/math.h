@@ -14,6 +14,14 @@ struct Moments {
   double mean() const { return origin + offset; }
 };
 
+// sum[0] += x - shift, sum[1] += (x - shift)^2.
+template <class V, class P>
+inline void add_shifted(V* sum, V x, P shift) {
+  const V d = x - shift;
+  sum[0] += d;
+  sum[1] += d * d;
+}
+
 // From sum(x - shift) and sum((x - shift)^2), for a shift that is the mean of a share of the values: by Cauchy-Schwarz
 // the second sum is then at most (1 + 1 / share) * m2, so little cancels.
 inline Moments unshift(double shift, double sum, double squares, double count) {
@@ -59,6 +67,13 @@ inline double update_running(double running, double batch, double factor) {
 template <class V, class P>
 inline V normalize(V x, P mean, P scale, P bias) {
   return (x - mean) * scale + bias;
+}
+
+// sum[0] += dy, sum[1] += dy * (x - mean): what every gradient of a channel is made of.
+template <class V, class P>
+inline void add_products(V* sum, V dy, V x, P mean) {
+  sum[0] += dy;
+  sum[1] += dy * (x - mean);
 }
 
 // Gradient through the batch's own statistics (Ioffe & Szegedy 2015, section 3), with

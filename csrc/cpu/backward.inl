@@ -22,10 +22,7 @@ void backward_reduce(const BackwardParams& p, const Tiling& tiling, const Scratc
   const Compute<T>* mean = static_cast<const Compute<T>*>(p.mean);
   const T* grad_output = static_cast<const T*>(p.grad_output);
   const T* input = static_cast<const T*>(p.input);
-  const auto products = [](auto* s, auto mean, auto dy, auto x) {
-    s[0] += dy;
-    s[1] += dy * (x - mean);
-  };
+  const auto products = [](auto* s, auto mean, auto dy, auto x) { math::add_products(s, dy, x, mean); };
   if (p.layout == Layout::planar) {
     for_groups(channels, chunks, [&](int64_t begin, int64_t end, int64_t k) {
       std::vector<RunSums<T, 2>> sums(end - begin);

@@ -82,11 +82,7 @@ void forward_reduce_planar(const ForwardParams& p, const Tiling& tiling, const S
         shift[c - begin] = static_cast<Compute<T>>(heads[c - begin].total(0) / static_cast<double>(head.count()));
       sums.assign(end - begin, {});
       for_runs(p, block, begin, end, [&](int64_t at, int64_t size, int64_t c) {
-        const auto f = [shift = shift[c - begin]](auto* s, auto v) {
-          const auto d = v - shift;
-          s[0] += d;
-          s[1] += d * d;
-        };
+        const auto f = [shift = shift[c - begin]](auto* s, auto v) { math::add_shifted(s, v, shift); };
         sums[c - begin].add(size, f, x + at);
       });
       for (int64_t c = begin; c < end; ++c) {
@@ -118,11 +114,7 @@ void forward_reduce_channels_last(const ForwardParams& p, const Tiling& tiling, 
       heads.add(sums.data(), head.count(), [](auto* s, auto, auto v) { s[0] += v; }, shift.data(), x);
       for (int64_t c = 0; c < C; ++c) shift[c] = static_cast<Compute<T>>(sums[c] / static_cast<double>(head.count()));
       std::fill(sums.begin(), sums.end(), 0.0);
-      const auto f = [](auto* s, auto shift, auto v) {
-        const auto d = v - shift;
-        s[0] += d;
-        s[1] += d * d;
-      };
+      const auto f = [](auto* s, auto shift, auto v) { math::add_shifted(s, v, shift); };
       both.add(sums.data(), block.count(), f, shift.data(), x);
       for (int64_t c = 0; c < C; ++c) {
         math::Moments moments = get_moments(partial + c, C);

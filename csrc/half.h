@@ -1,11 +1,12 @@
 // bfloat16 and float16 in memory, and their conversions to and from float32, once for scalars and vectors: U is
 // std::uint32_t or a vector of it. To half: to nearest, ties to even; to float32: exact. Denormals are kept.
+// BNEXT_ISA: as in math.h.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-namespace bnext {
+namespace bnext::inline BNEXT_ISA {
 
 template <class To, class From>
 inline To bit_cast(From from) {
@@ -72,4 +73,4 @@ inline T from_float(Compute value) {
   }
 }
 
-}  // namespace bnext
+}  // namespace bnext::inline BNEXT_ISA

@@ -1,11 +1,12 @@
 // Every formula of batch normalisation, once. V is a scalar or a vector of lanes; P is V, or a scalar that is
-// the same for all lanes.
+// the same for all lanes. BNEXT_ISA is the namespace of the including unit: what each compiles for its instruction set
+// must not be merged by the linker.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-namespace bnext::math {
+namespace bnext::inline BNEXT_ISA::math {
 
 // Mean and m2 = sum((x - mean)^2) of some values. The mean is kept in two parts, so that differences of means do not
 // suffer from a large common one.
@@ -104,4 +105,4 @@ struct Identity {
   }
 };
 
-}  // namespace bnext::math
+}  // namespace bnext::inline BNEXT_ISA::math

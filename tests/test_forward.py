@@ -122,21 +122,15 @@ def test_constant_channels(shape, layout):
 @by_layout
 @pytest.mark.parametrize(
     ("outlier", "dtype"),
-    [(-1e4, torch.float32), (1e8, torch.float32), (1e25, torch.float32), (-1e4, torch.float64), (1e8, torch.float64)],
+    [
+        *[(value, torch.float32) for value in (-1e4, 1e8, 1e10, -1e12, 1e25)],
+        *[(value, torch.float64) for value in (-1e4, 1e8)],
+    ],
 )
 def test_outlier_first(outlier, dtype, layout):
     x = values((4, 9, 20, 20), dtype, layout)
     x[0, :, 0, 0] = outlier
     check(x, **channel_arguments(9, dtype))
-
-
-@pytest.mark.xfail(strict=True, reason="short float32 sums round every value alike when the shift is an outlier's")
-@pytest.mark.parametrize("outlier", [1e10, -1e12])
-def test_huge_outlier_first_channels_last(outlier):
-    """A known limit: running_mean is off by tens of roundings where torch's is off by one."""
-    x = values((4, 9, 20, 20), torch.float32, "channels_last")
-    x[0, :, 0, 0] = outlier
-    check(x, **channel_arguments(9, torch.float32))
 
 
 @by_layout

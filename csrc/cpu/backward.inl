@@ -1,11 +1,9 @@
 // Backward of both, for kernels.inl: grad_weight = sum(dy * (x - mean)) * invstd, grad_bias = sum(dy), grad_input.
 //
-// Sums run in double beyond runs of 16 values (planar) or 24 rows (channels_last). With E = N * C * S * itemsize:
+// Sums are in double. With E = N * C * S * itemsize:
 // reduce reads 2E, apply reads 2E (from cache where the channels taken together are few enough; E in evaluation) and
 // writes E.
 #pragma once
-
-#include <vector>
 
 #include "common.inl"
 #include "reduce.inl"
@@ -25,10 +23,10 @@ void backward_reduce(const BackwardParams& p, const Tiling& tiling, const Scratc
   const auto products = [](auto* s, auto mean, auto dy, auto x) { math::add_products(s, dy, x, mean); };
   if (p.layout == Layout::planar) {
     for_groups(channels, chunks, [&](int64_t begin, int64_t end, int64_t k) {
-      std::vector<RunSums<T, 2>> sums(end - begin);
+      RunSums<T, 2> sums[kGroup] = {};
       for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
         for_runs(p, tiling.block(b), begin, end, [&](int64_t at, int64_t size, int64_t c) {
-          const auto f = [=](auto* s, auto dy, auto x) { products(s, mean[c], dy, x); };
+          const auto f = [=, m = static_cast<double>(mean[c])](auto* s, auto dy, auto x) { products(s, m, dy, x); };
           sums[c - begin].add(size, f, grad_output + at, input + at);
         });
       }
@@ -40,7 +38,7 @@ void backward_reduce(const BackwardParams& p, const Tiling& tiling, const Scratc
   RowSums<T, 2> rows(p.C);
   for (int64_t k = chunks.begin; k < chunks.end; ++k) {
     double* sums = scratch.partials + 2 * k * p.C;
-    std::fill(sums, sums + 2 * p.C, 0.0);
+    for (int64_t i = 0; i < 2 * p.C; ++i) sums[i] = 0;
     for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
       const Tiling::Block block = tiling.block(b);
       const int64_t at = block.plane_begin * p.C;

@@ -61,7 +61,7 @@ void map_run(const C* factors, int64_t c, int64_t begin, int64_t end, F f, T* ou
   C factor[factor_count];
   unrolled<factor_count>([&](auto j) { factor[j] = factors[factor_at<C, factor_count>(j, c)]; });
   int64_t i = begin;
-  for (; i + lanes<C> <= end; i += lanes<C>) store<C>(out + i, f(factor, load<C>(in + i)...));
+  for (; i + lanes<C> <= end; i += lanes<C>) store(out + i, f(factor, load<C, lanes<C>>(in + i)...));
   for (; i < end; ++i) out[i] = from_float<T>(f(factor, to_float(in[i])...));
 }
 
@@ -73,17 +73,14 @@ void map_rows(const A* factors, int64_t C, F f, T* out, const In*... in) {
   constexpr int kLanes = lanes<A>, kAhead = 4096 / sizeof(A);
   int64_t c = 0;
   for (; c + kLanes <= C; c += kLanes) {
-    Vec<A> factor[factor_count], result[count];
-    unrolled<factor_count>([&](auto j) { factor[j] = load<A>(factors + c * factor_count + j * kLanes); });
-    unrolled<count>([&](auto r) {
-      if (count > 1 && C * static_cast<int64_t>(sizeof(T)) <= 4096) {
-        const int64_t ahead = kAhead + count * c + r * kLanes;
-        (prefetch(in + ahead), ...);
-        prefetch_for_write(out + ahead);
-      }
-      result[r] = f(factor, load<A>(in + r * C + c)...);
-    });
-    unrolled<count>([&](auto r) { store<A>(out + r * C + c, result[r]); });
+    Vec<A, kLanes> factor[factor_count], result[count];
+    unrolled<factor_count>([&](auto j) { factor[j] = load<A, kLanes>(factors + c * factor_count + j * kLanes); });
+    if (count > 1 && C * static_cast<int64_t>(sizeof(T)) <= 4096) {
+      (prefetch<count * kLanes>(in + kAhead + count * c), ...);
+      prefetch<count * kLanes, true>(out + kAhead + count * c);
+    }
+    unrolled<count>([&](auto r) { result[r] = f(factor, load<A, kLanes>(in + r * C + c)...); });
+    unrolled<count>([&](auto r) { store(out + r * C + c, result[r]); });
   }
   for (; c < C; ++c)
     for (int64_t i = c; i < count * C; i += C) map_run<A, factor_count>(factors, c, i, i + 1, f, out, in...);

@@ -86,10 +86,10 @@ void run(const Params& p, bool reduces, bool applies, const Steps<Params>& steps
 struct Backend {
   static void forward(const ForwardParams& p) {
     if (p.training && p.num_batches_tracked) ++*p.num_batches_tracked;
-    run(p, p.training, true, scalar::kernels(p.dtype).forward);
+    run(p, p.training, true, kernels(p.dtype).forward);
   }
   static void backward(const BackwardParams& p) {
-    run(p, p.reduces(), p.grad_input != nullptr, scalar::kernels(p.dtype).backward);
+    run(p, p.reduces(), p.grad_input != nullptr, kernels(p.dtype).backward);
   }
 };
 

@@ -1,12 +1,11 @@
 // Training and evaluation forward, for kernels.inl.
 //
-// Statistics are shifted sums within a block, in double beyond runs of 16 values (planar) or 48 rows (channels_last),
-// combined by Chan's formula across blocks. With E = N * C * S * itemsize: reduce reads E, apply reads E (from cache
-// where the channels taken together are few enough) and writes E.
+// Statistics are shifted sums within a block, in double, combined by Chan's formula across blocks. With E = N * C * S *
+// itemsize: reduce reads E, apply reads E (from cache where the channels taken together are few enough) and writes E.
 #pragma once
 
 #include <cmath>
-#include <vector>
+#include <memory>
 
 #include "common.inl"
 #include "reduce.inl"
@@ -26,8 +25,8 @@ void put_moments(double* partial, int64_t C, const math::Moments& m) {
   partial[2 * C] = m.m2;
 }
 
-// Moments of one channel of a block in double, two passes: for values that short sums cannot hold (an infinity, a NaN,
-// a square beyond float32).
+// Moments of one channel of a block in double, two passes: for values whose shifted sums overflow (an infinity, a NaN,
+// a square beyond float64).
 template <class T>
 math::Moments wide_moments(const ForwardParams& p, const Tiling::Block& block, int64_t c) {
   const T* x = static_cast<const T*>(p.input);
@@ -52,12 +51,16 @@ math::Moments block_moments(const ForwardParams& p, const Tiling::Block& block, 
                                 : wide_moments<T>(p, block, c);
 }
 
-// The part of a block that its shift is taken from: an eighth, at least one element of a plane.
+// The part of a block that its shift is the mean of: all of it in float64; of narrower types a 64th, at least one
+// element of a plane, since the sums have 29 bits to lose.
+template <class T>
 Tiling::Block sample(Tiling::Block block) {
-  if (block.plane_end - block.plane_begin > 1) {
-    block.plane_end = block.plane_begin + (block.plane_end - block.plane_begin + 7) / 8;
-  } else {
-    block.end = block.begin + (block.size() + 7) / 8;
+  if constexpr (!std::is_same_v<T, double>) {
+    if (block.plane_end - block.plane_begin > 1) {
+      block.plane_end = block.plane_begin + (block.plane_end - block.plane_begin + 63) / 64;
+    } else {
+      block.end = block.begin + (block.size() + 63) / 64;
+    }
   }
   return block;
 }
@@ -69,18 +72,16 @@ void forward_reduce_planar(const ForwardParams& p, const Tiling& tiling, const S
   for_groups(channels, chunks, [&](int64_t begin, int64_t end, int64_t k) {
     math::Moments moments[kGroup];
     double count = 0;
-    Compute<T> shift[kGroup];
-    std::vector<RunSums<T, 1>> heads;
-    std::vector<RunSums<T, 2>> sums;
+    double shift[kGroup];
     for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
-      const Tiling::Block block = tiling.block(b), head = sample(block);
-      heads.assign(end - begin, {});
+      const Tiling::Block block = tiling.block(b), head = sample<T>(block);
+      RunSums<T, 1> heads[kGroup] = {};
       for_runs(p, head, begin, end, [&](int64_t at, int64_t size, int64_t c) {
         heads[c - begin].add(size, [](auto* s, auto v) { s[0] += v; }, x + at);
       });
       for (int64_t c = begin; c < end; ++c)
-        shift[c - begin] = static_cast<Compute<T>>(heads[c - begin].total(0) / static_cast<double>(head.count()));
-      sums.assign(end - begin, {});
+        shift[c - begin] = heads[c - begin].total(0) / static_cast<double>(head.count());
+      RunSums<T, 2> sums[kGroup] = {};
       for_runs(p, block, begin, end, [&](int64_t at, int64_t size, int64_t c) {
         const auto f = [shift = shift[c - begin]](auto* s, auto v) { math::add_shifted(s, v, shift); };
         sums[c - begin].add(size, f, x + at);
@@ -100,22 +101,22 @@ template <class T>
 void forward_reduce_channels_last(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range,
                                   Range chunks) {
   const int64_t C = p.C;
-  std::vector<double> sums(2 * C);
-  std::vector<Compute<T>> shift(C);
+  const std::unique_ptr<double[]> memory(new double[3 * C]);
+  double *sums = memory.get(), *shift = sums + 2 * C;
   RowSums<T, 1> heads(C);
   RowSums<T, 2> both(C);
   for (int64_t k = chunks.begin; k < chunks.end; ++k) {
     double* partial = scratch.partials + 3 * k * C;
     double count = 0;
     for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
-      const Tiling::Block block = tiling.block(b), head = sample(block);
+      const Tiling::Block block = tiling.block(b), head = sample<T>(block);
       const T* x = static_cast<const T*>(p.input) + block.plane_begin * C;
-      std::fill(sums.begin(), sums.end(), 0.0);
-      heads.add(sums.data(), head.count(), [](auto* s, auto, auto v) { s[0] += v; }, shift.data(), x);
-      for (int64_t c = 0; c < C; ++c) shift[c] = static_cast<Compute<T>>(sums[c] / static_cast<double>(head.count()));
-      std::fill(sums.begin(), sums.end(), 0.0);
+      for (int64_t c = 0; c < C; ++c) sums[c] = 0;
+      heads.add(sums, head.count(), [](auto* s, auto, auto v) { s[0] += v; }, shift, x);
+      for (int64_t c = 0; c < C; ++c) shift[c] = sums[c] / static_cast<double>(head.count());
+      for (int64_t i = 0; i < 2 * C; ++i) sums[i] = 0;
       const auto f = [](auto* s, auto shift, auto v) { math::add_shifted(s, v, shift); };
-      both.add(sums.data(), block.count(), f, shift.data(), x);
+      both.add(sums, block.count(), f, shift, x);
       for (int64_t c = 0; c < C; ++c) {
         math::Moments moments = get_moments(partial + c, C);
         const auto block_stats = block_moments<T>(p, block, c, shift[c], sums[c], sums[C + c]);

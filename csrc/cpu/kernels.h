@@ -17,40 +17,17 @@ struct Tiling {
   std::int64_t planes, plane;  // number of planes per channel, elements in each
   std::int64_t block_size, planes_per_block, blocks_per_plane, blocks, chunks;
 
-  explicit Tiling(const Problem& p) {
-    constexpr std::int64_t kBlock = 2048, kRows = 512, kChunks = 64;
-    const bool planar = p.layout == Layout::planar;
-    planes = planar ? p.N : p.N * p.S;
-    plane = planar ? p.S : 1;
-    block_size = planar ? kBlock : kRows;
-    planes_per_block = std::max<std::int64_t>(1, block_size / plane);
-    blocks_per_plane = (plane + block_size - 1) / block_size;
-    blocks = blocks_per_plane > 1 ? planes * blocks_per_plane : (planes + planes_per_block - 1) / planes_per_block;
-    chunks = std::min(blocks, kChunks);
-  }
+  explicit Tiling(const Problem& p);
 
   struct Block {
     std::int64_t plane_begin, plane_end, begin, end;  // planes, and elements within each
     std::int64_t size() const { return end - begin; }
     std::int64_t count() const { return (plane_end - plane_begin) * size(); }
   };
-  Block block(std::int64_t b) const {
-    if (blocks_per_plane > 1) {
-      const std::int64_t n = b / blocks_per_plane, begin = b % blocks_per_plane * block_size;
-      return {n, n + 1, begin, std::min(begin + block_size, plane)};
-    }
-    return {b * planes_per_block, std::min((b + 1) * planes_per_block, planes), 0, plane};
-  }
+  Block block(std::int64_t b) const;
   std::int64_t chunk_begin(std::int64_t chunk) const { return blocks * chunk / chunks; }
   // Values per channel in a chunk.
-  std::int64_t chunk_count(std::int64_t chunk) const { return values_before(chunk + 1) - values_before(chunk); }
-
- private:
-  std::int64_t values_before(std::int64_t chunk) const {
-    const std::int64_t b = chunk_begin(chunk);
-    return blocks_per_plane > 1 ? b / blocks_per_plane * plane + b % blocks_per_plane * block_size
-                                : std::min(b * planes_per_block, planes) * plane;
-  }
+  std::int64_t chunk_count(std::int64_t chunk) const;
 };
 
 struct Range {
@@ -83,5 +60,13 @@ struct Kernels {
 namespace scalar {
 const Kernels& kernels(DType dtype);
 }
+namespace avx2 {
+const Kernels& kernels(DType dtype);
+}
+
+// The unit that runs, "scalar" or "avx2": the best that the machine has, or the one that BNEXT_CPU_ISA names. Chosen at
+// the first call. Throws std::invalid_argument for a name that is none, or that this machine cannot run.
+const char* isa();
+const Kernels& kernels(DType dtype);
 
 }  // namespace bnext::cpu

@@ -1,109 +1,111 @@
-// Sums over a channel, for kernels.inl. Two levels: a short run in the compute type, then double.
+// Sums over a channel, for kernels.inl: in double from the first addition, in an order that does not depend on the
+// instruction set.
 #pragma once
-
-#include <vector>
 
 #include "vec.h"
 
 namespace bnext::cpu::BNEXT_ISA {
 namespace {
 
-// Sums over runs of consecutive elements: term t is what f adds to sum[t] for each element.
+// Sums over runs of consecutive elements: term t is what f adds to sum[t] for each element. Element i of a run goes
+// into slot i % kSlots.
 template <class T, int terms>
 class RunSums {
-  using C = Compute<T>;
-  static constexpr int kLanes = lanes<C>, kChains = 4, kDepth = 4, kAhead = 8192 / sizeof(C);
+  static constexpr int kSlots = 8, kLanes = BNEXT_SUM_LANES, kVectors = kSlots / kLanes;
+  static constexpr int kLine = 64 / sizeof(T), kAhead = 128 * kLine;
 
  public:
   template <class F, class... P>
   void add(std::int64_t count, F f, const P*... p) {
+    Vec<double, kLanes> sum[kVectors][terms];
+    unrolled<kVectors * terms>(
+        [&](auto i) { sum[i / terms][i % terms] = load<double, kLanes>(at(i / terms, i % terms)); });
+    const auto step = [&](std::int64_t i) {
+      unrolled<kVectors>([&](auto v) { f(sum[v], load<double, kLanes>(p + i + v * kLanes)...); });
+    };
     std::int64_t i = 0;
-    for (; i + kLanes * kChains * kDepth <= count; i += kLanes * kChains * kDepth) {
-      for (int u = 0; u < kChains * kDepth * kLanes; u += 64 / sizeof(C)) (prefetch(p + i + u + kAhead), ...);
-      Vec<C> part[kChains][terms] = {};
-      unrolled<kChains * kDepth>([&](auto u) { f(part[u % kChains], load<C>(p + i + u * kLanes)...); });
-      fold(part);
+    for (; i + kLine <= count; i += kLine) {
+      (prefetch<kLine>(p + i + kAhead), ...);
+      unrolled<kLine / kSlots>([&](auto u) { step(i + u * kSlots); });
     }
-    if (i + kLanes <= count) {
-      Vec<C> part[kChains][terms] = {};
-      for (; i + kLanes * kChains <= count; i += kLanes * kChains)
-        unrolled<kChains>([&](auto u) { f(part[u], load<C>(p + i + u * kLanes)...); });
-      for (; i + kLanes <= count; i += kLanes) f(part[0], load<C>(p + i)...);
-      fold(part);
+    for (; i + kSlots <= count; i += kSlots) step(i);
+    unrolled<kVectors * terms>([&](auto i) { store(at(i / terms, i % terms), sum[i / terms][i % terms]); });
+    for (int slot = 0; i < count; ++i, ++slot) {
+      double one[terms] = {};
+      f(one, static_cast<double>(to_float(p[i]))...);
+      for (int t = 0; t < terms; ++t) sums_[t][slot] += one[t];
     }
-    for (; i < count; ++i) f(tail_, static_cast<double>(to_float(p[i]))...);
   }
   double total(int term) const {
-    double total = tail_[term];
-    for (double lane : sums_[term]) total += lane;
+    double total = 0;
+    for (double slot : sums_[term]) total += slot;
     return total;
   }
 
  private:
-  void fold(const Vec<C> (&part)[kChains][terms]) {
-    unrolled<terms>([&](auto t) { add_to<C>(sums_[t], (part[0][t] + part[1][t]) + (part[2][t] + part[3][t])); });
-  }
-  double sums_[terms][kLanes] = {};
-  double tail_[terms] = {};
+  double* at(int vector, int term) { return sums_[term] + vector * kLanes; }
+  double sums_[terms][kSlots] = {};
 };
 
-// Sums over rows of C channels, one for each channel: what f adds to sum[t] for each row's element c goes
-// into sums[t * C + c]. f also gets channel[c], a value that all rows share. Rows are taken four side by side
-// (two, of two tensors), so that sums are seldom loaded; a prefetcher loses its way between them, so the
-// memory ahead is asked for in its own order.
+// Sums over rows of C channels, one for each channel: what f adds to sum[t] for each row's element c goes, row by row,
+// into sums[t * C + c], by way of short sums of 64 rows. f also gets channel[c], a value that all rows share. Rows are
+// taken four side by side (two, of two tensors), so that sums are seldom loaded; a prefetcher loses its way between
+// them, so the memory ahead is asked for in its own order.
 template <class T, int terms>
 class RowSums {
-  using A = Compute<T>;
-  static constexpr int kLanes = lanes<A>, kTile = 2048;  // channels at a time
-  static constexpr int kAhead = 4096 / sizeof(A);        // elements
+  static constexpr int kLanes = BNEXT_SUM_LANES, kTile = 1024;  // channels at a time
+  static constexpr int kAhead = 4096 / sizeof(T);               // elements
 
  public:
   explicit RowSums(std::int64_t C) : C_(C) {}
 
-  template <class F, class... P>
-  void add(double* sums, std::int64_t rows, F f, const A* channel, const P*... p) {
-    constexpr int kSide = 4 / sizeof...(P), kRun = 12 * kSide;  // rows side by side; rows in a short sum
+  template <class F, class K, class... P>
+  void add(double* sums, std::int64_t rows, F f, const K* channel, const P*... p) {
+    constexpr int kSide = 4 / sizeof...(P), kRun = 64;
     for (std::int64_t c = 0; c < C_; c += kTile) {
-      const std::int64_t size = std::min<std::int64_t>(kTile, C_ - c);
+      const std::int64_t size = C_ - c < kTile ? C_ - c : kTile;
       for (std::int64_t row = 0; row < rows; row += kRun) {
-        const std::int64_t end = std::min<std::int64_t>(row + kRun, rows);
-        std::fill_n(part_, terms * size, A(0));
+        const std::int64_t end = rows - row < kRun ? rows : row + kRun;
+        for (std::int64_t i = 0; i < terms * size; ++i) tile_[i] = 0;
         std::int64_t r = row;
         for (; r + kSide <= end; r += kSide) add_side_by_side<kSide>(size, f, channel + c, p + r * C_ + c...);
         for (; r < end; ++r) add_side_by_side<1>(size, f, channel + c, p + r * C_ + c...);
-        fold(sums + c, size);
+        add_tile(sums + c, size);
       }
     }
   }
 
  private:
-  template <int rows, class F, class... P>
-  void add_side_by_side(std::int64_t size, F f, const A* channel, const P*... p) {
+  template <int rows, class F, class K, class... P>
+  void add_side_by_side(std::int64_t size, F f, const K* channel, const P*... p) {
     std::int64_t c = 0;
     for (; c + kLanes <= size; c += kLanes) {
-      A* part = part_ + c * terms;
-      if (size <= kAhead) unrolled<rows>([&](auto r) { (prefetch(p + kAhead + rows * c + r * kLanes), ...); });
-      Vec<A> sum[terms] = {};
-      const Vec<A> shared = load<A>(channel + c);
-      unrolled<rows>([&](auto r) { f(sum, shared, load<A>(p + r * C_ + c)...); });
-      unrolled<terms>([&](auto t) { store<A>(part + t * kLanes, load<A>(part + t * kLanes) + sum[t]); });
+      double* tile = tile_ + c * terms;
+      if (size <= kAhead) (prefetch<rows * kLanes>(p + kAhead + rows * c), ...);
+      Vec<double, kLanes> sum[terms];
+      const auto shared = load<double, kLanes>(channel + c);
+      unrolled<terms>([&](auto t) { sum[t] = load<double, kLanes>(tile + t * kLanes); });
+      unrolled<rows>([&](auto r) { f(sum, shared, load<double, kLanes>(p + r * C_ + c)...); });
+      unrolled<terms>([&](auto t) { store(tile + t * kLanes, sum[t]); });
     }
     for (; c < size; ++c)
-      unrolled<rows>([&](auto r) { f(part_ + c * terms, channel[c], static_cast<A>(to_float(p[r * C_ + c]))...); });
+      unrolled<rows>([&](auto r) {
+        f(tile_ + c * terms, static_cast<double>(channel[c]), static_cast<double>(to_float(p[r * C_ + c]))...);
+      });
   }
 
-  void fold(double* sums, std::int64_t size) const {
-    std::int64_t c = 0;
-    for (; c + kLanes <= size; c += kLanes)
-      unrolled<terms>([&](auto t) { add_to<A>(sums + t * C_ + c, load<A>(part_ + c * terms + t * kLanes)); });
-    for (; c < size; ++c)
-      for (int t = 0; t < terms; ++t) sums[t * C_ + c] += static_cast<double>(part_[c * terms + t]);
+  void add_tile(double* sums, std::int64_t size) const {
+    for (std::int64_t c = 0; c < size; ++c) {
+      const bool in_vector = c < size / kLanes * kLanes;
+      for (int t = 0; t < terms; ++t)
+        sums[t * C_ + c] +=
+            in_vector ? tile_[c / kLanes * kLanes * terms + t * kLanes + c % kLanes] : tile_[c * terms + t];
+    }
   }
 
   std::int64_t C_;
-  // The short sums: a vector of each term in turn, then, past the last whole vector, the terms of each
-  // channel.
-  A part_[terms * kTile];
+  // A vector of each term in turn, then, past the last whole vector, the terms of each channel.
+  double tile_[terms * kTile];
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Lanes of the compiler's own vector type (GCC and Clang). An instruction-set unit sets BNEXT_ISA, its
-// namespace, and BNEXT_VECTOR_BYTES, its register width, before including this; the code is the same for all.
+// The compiler's own vector types (GCC and Clang). An instruction-set unit sets BNEXT_ISA, its namespace, and
+// BNEXT_SUM_LANES, the doubles in one of its registers, before including this; the code is the same for all.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace bnext::cpu::BNEXT_ISA {
 
-// Compute type of the elementwise passes and of short sums; that of the saved mean and invstd.
+// Compute type of the elementwise passes; that of the saved mean and invstd. Sums are in double.
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -19,57 +19,41 @@ template <class T, int count>
 struct VecOf {
   typedef T type __attribute__((vector_size(count * sizeof(T))));
 };
+template <class T, int count>
+using Vec = typename VecOf<T, count>::type;
 
+// In a vector of the elementwise passes: 16 bytes, with which they are bound by memory already.
 template <class T>
-inline constexpr int lanes = BNEXT_VECTOR_BYTES / sizeof(T);
+inline constexpr int lanes = 16 / sizeof(T);
 
-template <class T>
-using Vec = typename VecOf<T, lanes<T>>::type;
-
-// lanes<Compute> consecutive elements at p, converted.
-template <class Compute, class T>
-inline Vec<Compute> load(const T* p) {
-  constexpr int kCount = lanes<Compute>;
+// `count` consecutive elements at p, converted to C.
+template <class C, int count, class T>
+inline Vec<C, count> load(const T* p) {
   if constexpr (sizeof(T) == sizeof(std::uint16_t)) {
-    typename VecOf<std::uint16_t, kCount>::type bits;
+    using U = Vec<std::uint32_t, count>;
+    Vec<std::uint16_t, count> bits;
     std::memcpy(&bits, p, sizeof(bits));
-    using U = typename VecOf<std::uint32_t, kCount>::type;
-    return T::template widen<U, Vec<float>>(__builtin_convertvector(bits, U));
+    return __builtin_convertvector((T::template widen<U, Vec<float, count>>(__builtin_convertvector(bits, U))),
+                                   Vec<C, count>);
   } else {
-    typename VecOf<T, kCount>::type v;
+    Vec<T, count> v;
     std::memcpy(&v, p, sizeof(v));
-    return __builtin_convertvector(v, Vec<Compute>);
+    return __builtin_convertvector(v, Vec<C, count>);
   }
 }
 
-template <class Compute, class T>
-inline void store(T* p, Vec<Compute> v) {
+// Rounds the elements of v to T, to p and the addresses after it.
+template <class T, class V>
+inline void store(T* p, V v) {
   if constexpr (sizeof(T) == sizeof(std::uint16_t)) {
-    using U = typename VecOf<std::uint32_t, lanes<float>>::type;
-    const auto bits =
-        __builtin_convertvector(T::template narrow<U>(v), typename VecOf<std::uint16_t, lanes<float>>::type);
+    constexpr int kCount = sizeof(V) / sizeof(float);
+    using U = Vec<std::uint32_t, kCount>;
+    const auto bits = __builtin_convertvector(T::template narrow<U>(v), Vec<std::uint16_t, kCount>);
     std::memcpy(p, &bits, sizeof(bits));
   } else {
-    static_assert(std::is_same_v<T, Compute>);
+    static_assert(std::is_same_v<T, std::remove_cvref_t<decltype(v[0])>>);
     std::memcpy(p, &v, sizeof(v));
   }
-}
-
-// Asks for the cache line at p; an address that is not there is no error.
-inline void prefetch(const void* p) {
-  __builtin_prefetch(p);
-}
-inline void prefetch_for_write(const void* p) {
-  __builtin_prefetch(p, 1);
-}
-
-// sum[i] += v[i], in double; sum has lanes<Compute> elements.
-template <class Compute>
-inline void add_to(double* sum, Vec<Compute> v) {
-  Compute narrow[lanes<Compute>];
-  std::memcpy(narrow, &v, sizeof(v));
-  for (int i = 0; i < lanes<Compute>; i += lanes<double>)
-    store<double>(sum + i, load<double>(sum + i) + load<double>(narrow + i));
 }
 
 // f(constant 0), f(constant 1), ...: a loop whose index is known to the compiler, so that arrays stay in
@@ -81,6 +65,13 @@ inline void unrolled(F f, std::integer_sequence<int, I...>) {
 template <int count, class F>
 inline void unrolled(F f) {
   unrolled(f, std::make_integer_sequence<int, count>{});
+}
+
+// Asks for the cache lines of `count` elements at p; an address that is not there is no error.
+template <int count, bool write = false, class T>
+inline void prefetch(const T* p) {
+  constexpr int kLines = (count * sizeof(T) + 63) / 64;
+  unrolled<kLines>([&](auto i) { __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * i, write); });
 }
 
 }  // namespace bnext::cpu::BNEXT_ISA

@@ -1,0 +1,7 @@
+// The unit for x86-64 with AVX2. The flag is this file's alone; what it compiles stays in its own namespace.
+#ifdef __x86_64__
+#pragma GCC target("avx2")
+#define BNEXT_ISA avx2
+#define BNEXT_SUM_LANES 4
+#include "kernels.inl"
+#endif

@@ -1,0 +1,69 @@
+"""The instruction set that runs: chosen by the machine or by BNEXT_CPU_ISA, and not to be seen in any bit."""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import bnext
+
+OBJECTS = [*(Path(__file__).parent.parent / "build").glob("temp.*/csrc/cpu/*.o")]
+UNITS = ["scalar"] if bnext.ops.cpu_isa == "scalar" else ["scalar", "avx2"]
+
+EVERYTHING = textwrap.dedent("""
+    import hashlib, sys, torch, bnext
+    sys.path.insert(0, "tests")
+    from helpers import HALF, LARGE, LAYOUTS, SMALL, WIDE, channel_arguments, run, values
+    for dtype in WIDE + HALF:
+        for layout in LAYOUTS:
+            digest = hashlib.sha256()
+            for shape in SMALL + LARGE:
+                torch.manual_seed(len(shape))
+                x, dy, a = values(shape, dtype, layout), values(shape, dtype), channel_arguments(shape[1], dtype)
+                for training in (True, False):
+                    for t in run(bnext.batch_norm, x, grad_output=dy, training=training, **a).values():
+                        digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
+            print(dtype, layout, digest.hexdigest())
+    print(bnext.ops.cpu_isa)
+""")
+
+
+def python(script, isa, check=True):
+    environment = {**os.environ, "BNEXT_CPU_ISA": isa}
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=600,
+    )
+
+
+def test_every_unit_gives_the_same_bits():
+    found = [python(EVERYTHING, unit).stdout.split("\n")[:-1] for unit in UNITS]
+    assert [lines[-1] for lines in found] == UNITS
+    assert all(lines[:-1] == found[0][:-1] for lines in found)
+    assert len(found[0]) == 9
+
+
+@pytest.mark.parametrize("name", ["avx1024", "AVX2"])
+def test_an_unknown_name_is_refused(name):
+    error = python("import bnext", name, check=False).stderr
+    assert f"BNEXT_CPU_ISA: expected scalar or avx2, got {name}" in error
+
+
+@pytest.mark.skipif(
+    not OBJECTS or shutil.which("nm") is None, reason="needs nm and the object files of a build in place"
+)
+def test_no_wide_code_can_be_merged_into_another_unit():
+    """A function that the linker may share would run its AVX2 version on machines without AVX2."""
+    (unit,) = [o for o in OBJECTS if o.name == "avx2.o"]
+    names = subprocess.run(["nm", "--defined-only", "-C", unit], capture_output=True, text=True, check=True).stdout
+    shared = [line for line in names.splitlines() if line.split()[1] in "WVu" and "DW.ref" not in line]
+    assert shared == []

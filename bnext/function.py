@@ -1,5 +1,6 @@
 """Batch normalisation as torch.autograd.Functions over torch.ops.bnext, twice differentiable."""
 
+import numbers
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from bnext import ops, reference
+from bnext.fallbacks import backward_needs_formula
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -39,18 +41,24 @@ class BatchNormFunction(torch.autograd.Function):
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
         )
         ctx.save_for_backward(input, weight, mean, invstd)
-        ctx.training, ctx.eps = training, eps
+        ctx.training, ctx.eps, ctx.bias_shape = training, eps, None if bias is None else bias.shape
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         arguments = (grad_output, *ctx.saved_tensors, ctx.training)
         mask = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # create_graph=True
+        if backward_needs_formula(*arguments[:3]):
+            found = _formula(*arguments, ctx.eps)
+            grads = [grad if wanted else None for grad, wanted in zip(found, mask, strict=True)]
+        elif torch.is_grad_enabled():  # create_graph=True
             grads = BatchNormBackwardFunction.apply(*arguments, ctx.eps, mask)
         else:
             grads = ops.batch_norm_backward(*arguments, mask)
-        return (*grads, None, None, None, None, None, None)
+        grad_input, grad_weight, grad_bias = grads
+        if grad_bias is not None and grad_bias.shape != ctx.bias_shape:
+            grad_bias = grad_bias.reshape(ctx.bias_shape)
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 class BatchNormBackwardFunction(torch.autograd.Function):
@@ -80,15 +88,13 @@ class BatchNormBackwardFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         create_graph = torch.is_grad_enabled()
         grad_output, input, weight, mean, invstd = ctx.saved_tensors
+        needed = [i for i in range(3) if ctx.needs_input_grad[i]]
+        result: list[Tensor | None] = [None] * 8
         with torch.enable_grad():
             # New nodes: a gradient stops here, even where grad_output was itself computed from input.
             inputs = [t if t is None else t.view_as(t) for t in (grad_output, input, weight)]
-            wide = [t if t is None else t.to(mean.dtype) for t in inputs]  # half types in float32
-            if ctx.training:
-                mean, _, invstd = reference.batch_stats(wide[1], ctx.eps)
-            outputs = reference.backward(*wide, mean, invstd, ctx.training)
+            outputs = _formula(*inputs, mean, invstd, ctx.training, ctx.eps)
             wanted = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None]
-            needed = [i for i in range(3) if ctx.needs_input_grad[i]]
             found = torch.autograd.grad(
                 [o for o, _ in wanted],
                 [inputs[i] for i in needed],
@@ -96,10 +102,38 @@ class BatchNormBackwardFunction(torch.autograd.Function):
                 create_graph=create_graph,
                 allow_unused=True,
             )
-        result: list[Tensor | None] = [None] * 8
         for i, grad in zip(needed, found, strict=True):
             result[i] = grad
         return tuple(result)
+
+
+def _formula(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    eps: float,
+) -> list[Tensor]:
+    """The backward in differentiable torch operations, half types in float32; training: through the statistics too."""
+    training = training and input.numel() > 0  # nothing has no statistics
+    if training:
+        mean, _, invstd = reference.batch_stats(input.to(mean.dtype), eps)
+    wide = [t if t is None else t.to(mean.dtype) for t in (grad_output, input, weight)]
+    grad_input, grad_weight, grad_bias = reference.backward(*wide, mean, invstd, training)
+    dtype = mean.dtype if weight is None else weight.dtype
+    shape = mean.shape if weight is None else weight.shape
+    return [grad_input.to(input.dtype), grad_weight.to(dtype).reshape(shape), grad_bias.to(dtype)]
+
+
+def _float(name: str, value: Any) -> float:
+    """value as torch's argument parser takes a float."""
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        return value
+    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad):
+        return float(value)
+    raise TypeError(f"batch_norm(): argument '{name}' must be float, not {type(value).__name__}")
 
 
 def _forward(
@@ -133,7 +167,11 @@ def apply(
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    """BatchNormFunction.apply, without autograd's bookkeeping where nothing wants a gradient."""
+    """BatchNormFunction.apply, without autograd's bookkeeping where nothing wants a gradient.
+
+    Raises TypeError for a momentum or eps that is no number.
+    """
+    momentum, eps = momentum if momentum is None else _float("momentum", momentum), _float("eps", eps)
     arguments = (
         input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
     )  # fmt: skip

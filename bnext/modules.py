@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext import function
-from bnext.functional import needs_torch
+from bnext.fallbacks import needs_torch, overrides_torch
 
 
 class _Forward(_BatchNorm):
@@ -31,10 +31,10 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
     if isinstance(input, fx.Proxy):  # torch.fx takes only torch.nn's own modules for leaves
         return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input,), {})
     module._check_input_dim(input)
-    if needs_torch(input, module.weight, module.bias):
-        return _BatchNorm.forward(module, input)
     running_mean, running_var = module.running_mean, module.running_var
-    counter, momentum, training = None, module.momentum, module.training
+    if overrides_torch(input) or needs_torch(input, module.weight, module.bias, running_mean, running_var):
+        return _BatchNorm.forward(module, input)
+    counter, momentum, training = None, module.momentum, bool(module.training)
     if training:
         if module.track_running_stats:
             counter = module.num_batches_tracked
@@ -44,9 +44,14 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
         training = running_mean is None and running_var is None
     if momentum is None and counter is None:
         momentum = 0.0  # torch: without a counter to average by, the buffers stay
-    return function.apply(
-        input, module.weight, module.bias, running_mean, running_var, counter, training, momentum, module.eps
-    )
+    try:
+        return function.apply(
+            input, module.weight, module.bias, running_mean, running_var, counter, training, momentum, module.eps
+        )
+    except Exception:
+        if counter is not None:
+            counter.add_(1)  # torch counts a batch before it looks at it
+        raise
 
 
 class BatchNorm1d(_Forward, nn.BatchNorm1d):

@@ -7,6 +7,7 @@ meta tensors work without running a kernel: shapes, dtypes and strides as csrc/h
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 try:
     from bnext import _C
@@ -26,19 +27,36 @@ batch_norm_eval = torch.ops.bnext.batch_norm_eval.default
 batch_norm_backward = torch.ops.bnext.batch_norm_backward.default
 
 
-def _check_devices(input: Tensor, *others: Tensor | None) -> None:
-    """A meta tensor among real ones is dispatched here, and must not pass for a result."""
-    for other in others:
+def _check(input: Tensor, **others: Tensor | None) -> None:
+    """What csrc/checks.h refuses by devices, dtype and sizes, as far as sizes are known.
+
+    A meta tensor among real ones is dispatched here, and must not pass for a result.
+    """
+    if input.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise NotImplementedError(f'"batch_norm" not implemented for {input.dtype}')
+    for name, other in others.items():
         if other is not None and other.device != input.device:
-            raise RuntimeError(f"expected all tensors to be on {input.device} as input, got one on {other.device}")
+            raise RuntimeError(f"expected {name} to be on {input.device} as input, got {other.device}")
+        if other is not None and name != "grad_output" and guard_or_false(other.numel() != input.shape[1]):
+            raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {other.numel()}")
 
 
-def _fake_forward(input: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    _check_devices(input, *others)
-    output = torch.empty_like(input, memory_format=suggest_memory_format(input))
+def _output_like(input: Tensor) -> Tensor:
+    """csrc/host.h's output_format."""
+    if guard_or_false(input.numel() == 0):
+        return torch.empty_like(input)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if input.is_contiguous():
+        return torch.empty_like(input, memory_format=torch.contiguous_format)
+    if input.dim() in formats and input.is_contiguous(memory_format=formats[input.dim()]):
+        return torch.empty_like(input, memory_format=formats[input.dim()])
+    return torch.empty_like(input, memory_format=suggest_memory_format(input))
+
+
+def _fake_forward(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    mean = input.new_empty(input.shape[1], dtype=dtype)
-    return output, mean, torch.empty_like(mean)
+    mean = input.new_empty(input.shape[1] if input.dim() > 1 else 0, dtype=dtype)
+    return _output_like(input), mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("bnext::batch_norm_train")
@@ -52,7 +70,12 @@ def _(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_forward(input, weight, bias, running_mean, running_var, num_batches_tracked)
+    _check(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    if num_batches_tracked is not None and num_batches_tracked.device != input.device:
+        raise RuntimeError(f"expected num_batches_tracked to be on {input.device}, got {num_batches_tracked.device}")
+    if input.dim() > 1 and guard_or_false(input.numel() == input.shape[1]) and guard_or_false(input.numel() > 0):
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+    return _fake_forward(input)
 
 
 @torch.library.register_fake("bnext::batch_norm_eval")
@@ -64,7 +87,8 @@ def _(
     running_var: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_forward(input, weight, bias, running_mean, running_var)
+    _check(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    return _fake_forward(input)
 
 
 @torch.library.register_fake("bnext::batch_norm_backward")
@@ -77,12 +101,14 @@ def _(
     training: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    _check_devices(input, grad_output, weight, mean, invstd)
-    param = mean if weight is None else weight
-    return (
-        torch.empty_like(input, memory_format=suggest_memory_format(input)) if output_mask[0] else None,
-        torch.empty_like(param, memory_format=torch.contiguous_format)
-        if output_mask[1] and weight is not None
-        else None,
-        torch.empty_like(param, memory_format=torch.contiguous_format) if output_mask[2] else None,
-    )
+    _check(input, grad_output=grad_output, weight=weight, mean=mean, invstd=invstd)
+    grad_input, grad_weight, grad_bias = None, None, None
+    if output_mask[0]:
+        empty = guard_or_false(input.numel() == 0)
+        format = torch.preserve_format if empty else suggest_memory_format(input)
+        grad_input = torch.empty_like(input, memory_format=format)
+    if output_mask[1] and weight is not None:
+        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if output_mask[2]:
+        grad_bias = (mean if weight is None else weight).new_empty(input.shape[1] if input.dim() > 1 else 0)
+    return grad_input, grad_weight, grad_bias

@@ -2,6 +2,7 @@
 // (torch.nn.functional.batch_norm and aten's native_batch_norm). Every check comes before the first write.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -17,12 +18,32 @@ inline bool has(const OptTensor& t) {
   return t && t->defined();
 }
 
+// Kernels take pointers: a tensor that is required must be one, and have the memory that its sizes say. FSDP and others
+// free it by untyped_storage().resize_(0).
+inline void memory(const char* name, const OptTensor& t) {
+  if (!has(t) || t->numel() == 0) return;
+  const size_t needed =
+      at::detail::computeStorageNbytes(t->sizes(), t->strides(), t->itemsize(), t->sym_storage_offset().expect_int());
+  TORCH_CHECK(t->storage().nbytes() >= needed, "expected ", name, " of shape ", t->sizes(), " to have ", needed,
+              " bytes of storage, got ", t->storage().nbytes(), ": its data is not allocated");
+}
+inline void required(const char* name, const Tensor& t) {
+  TORCH_CHECK_TYPE(t.defined(), "expected ", name, " to be a Tensor, got None");
+}
+
+// C of [N, C, *]; a tensor of one dimension and no elements has no channels.
+inline int64_t channel_count(const Tensor& input) {
+  return input.dim() > 1 ? input.size(1) : 0;
+}
+
 inline void input(const Tensor& input) {
+  required("input", input);
   const at::ScalarType dtype = input.scalar_type();
   TORCH_CHECK_NOT_IMPLEMENTED(
       dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
       "\"batch_norm\" not implemented for '", dtype, "': expected input to be float64, float32, bfloat16 or float16");
-  TORCH_CHECK(input.dim() >= 2, "expected input to have at least 2 dimensions (N, C, ...), got shape ", input.sizes());
+  TORCH_CHECK(input.dim() >= 2 || input.sizes() == at::IntArrayRef{0},
+              "expected input to have at least 2 dimensions (N, C, ...), got shape ", input.sizes());
 }
 
 // An argument with one value a channel.
@@ -30,9 +51,11 @@ inline void channels(const char* name, const OptTensor& t, const Tensor& input, 
   if (!has(t)) return;
   TORCH_CHECK(t->device() == input.device(), "expected ", name, " to be on ", input.device(), " as input, got ",
               t->device());
-  TORCH_CHECK(t->numel() == input.size(1), name, " should contain ", input.size(1), " elements not ", t->numel());
+  TORCH_CHECK(t->numel() == channel_count(input), name, " should contain ", channel_count(input), " elements not ",
+              t->numel());
   TORCH_CHECK(t->scalar_type() == dtype, "mixed dtype: expected ", name, " to have scalar type ", dtype,
               " for input of ", input.scalar_type(), ", got ", t->scalar_type());
+  memory(name, t);
 }
 
 // Parameters and buffers are all of the input's dtype, or, for half input, all of float32.
@@ -46,6 +69,7 @@ inline at::ScalarType param_dtype(const Tensor& input, std::initializer_list<con
 inline void arguments(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const OptTensor& running_mean,
                       const OptTensor& running_var) {
   input(x);
+  memory("input", x);
   const at::ScalarType dtype = param_dtype(x, {&weight, &bias, &running_mean, &running_var});
   channels("running_mean", running_mean, x, dtype);
   channels("running_var", running_var, x, dtype);
@@ -54,12 +78,13 @@ inline void arguments(const Tensor& x, const OptTensor& weight, const OptTensor&
   for (const OptTensor* buffer : {&running_mean, &running_var})
     TORCH_CHECK(!has(*buffer) || (*buffer)->dim() == 1,
                 "expected running_mean and running_var to have 1 dimension, got ", (*buffer)->dim());
-  TORCH_CHECK_INDEX(x.size(1) > 0 || !(has(weight) || has(bias)),
+  TORCH_CHECK_INDEX(channel_count(x) > 0 || !(has(weight) || has(bias)),
                     "expected input to have at least one channel, got shape ", x.sizes());
 }
 
 inline void train(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const OptTensor& running_mean,
                   const OptTensor& running_var, const OptTensor& counter, double eps) {
+  required("input", x);
   TORCH_CHECK_INDEX(x.dim() > 0, "expected input to have at least 2 dimensions (N, C, ...), got a scalar");
   int64_t count = x.size(0);
   for (int64_t d = 2; d < x.dim(); ++d) count *= x.size(d);
@@ -69,6 +94,9 @@ inline void train(const Tensor& x, const OptTensor& weight, const OptTensor& bia
   TORCH_CHECK_VALUE(has(running_mean) == has(running_var),
                     "running_mean and running_var must either both be None or neither be None");
   arguments(x, weight, bias, running_mean, running_var);
+  for (const OptTensor* buffer : {&running_mean, &running_var})
+    TORCH_CHECK(!has(*buffer) || (*buffer)->size(0) < 2 || (*buffer)->stride(0) != 0,
+                "expected running_mean and running_var to have memory for each channel, got an expanded one");
   if (has(counter)) {
     TORCH_CHECK(counter->numel() == 1, "expected num_batches_tracked to have one element, got shape ",
                 counter->sizes());
@@ -80,12 +108,19 @@ inline void train(const Tensor& x, const OptTensor& weight, const OptTensor& bia
 inline void eval(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& running_mean,
                  const Tensor& running_var, double eps) {
   TORCH_CHECK_VALUE(!(eps < 0), "batch_norm eps must be non-negative, but got ", eps);
+  required("running_mean", running_mean);
+  required("running_var", running_var);
   arguments(x, weight, bias, running_mean, running_var);
 }
 
 inline void backward(const Tensor& grad_output, const Tensor& x, const OptTensor& weight, const Tensor& mean,
                      const Tensor& invstd, at::ScalarType stats_dtype) {
   input(x);
+  required("grad_output", grad_output);
+  required("mean", mean);
+  required("invstd", invstd);
+  memory("input", x);
+  memory("grad_output", grad_output);
   TORCH_CHECK(grad_output.sizes() == x.sizes(), "expected grad_output to have the shape of input, ", x.sizes(),
               ", got ", grad_output.sizes());
   TORCH_CHECK(grad_output.scalar_type() == x.scalar_type() && grad_output.device() == x.device(),

@@ -41,6 +41,15 @@ inline at::TensorOptions stats_options(const Tensor& input) {
   return input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
+// Of the output, as torch chooses it where sizes of 1 leave a choice. grad_input: input.suggest_memory_format().
+inline at::MemoryFormat output_format(const Tensor& input) {
+  const auto is = [&](at::MemoryFormat format) { return input.is_contiguous(format); };
+  if (is(at::MemoryFormat::Contiguous)) return at::MemoryFormat::Contiguous;
+  if (input.dim() == 4 && is(at::MemoryFormat::ChannelsLast)) return at::MemoryFormat::ChannelsLast;
+  if (input.dim() == 5 && is(at::MemoryFormat::ChannelsLast3d)) return at::MemoryFormat::ChannelsLast3d;
+  return input.suggest_memory_format();
+}
+
 // `input` must be dense in `format`. Without spatial size the layouts coincide, and count as channels_last.
 inline void set_problem(Problem& p, const Tensor& input, at::MemoryFormat format, DType param_dtype) {
   p.N = input.size(0);
@@ -87,13 +96,14 @@ template <class Backend>
 ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTensor& bias, const OptTensor& running_mean,
                      const OptTensor& running_var, const OptTensor& counter, std::optional<double> momentum, double eps,
                      bool training) {
-  const at::MemoryFormat format = input.suggest_memory_format();
-  const Tensor x = input.contiguous(format);
-  Tensor output = at::empty_like(x, format);
   if (input.numel() == 0) {
     if (training && has(counter)) counter->add_(1);
-    return {output, at::zeros({input.size(1)}, stats_options(input)), at::zeros({input.size(1)}, stats_options(input))};
+    const auto zeros = [&] { return at::zeros({check::channel_count(input)}, stats_options(input)); };
+    return {at::empty_like(input), zeros(), zeros()};
   }
+  const at::MemoryFormat format = output_format(input);
+  const Tensor x = input.contiguous(format);
+  Tensor output = at::empty_like(x, format);
   Tensor mean = at::empty({input.size(1)}, stats_options(input)), invstd = at::empty_like(mean);
   const Channels weight_(weight), bias_(bias), running_mean_(running_mean), running_var_(running_var);
 
@@ -123,13 +133,7 @@ template <class Backend>
 ThreeTensors batch_norm_train(const Tensor& input, const OptTensor& weight, const OptTensor& bias,
                               const OptTensor& running_mean, const OptTensor& running_var,
                               const OptTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
-  try {
-    check::train(input, weight, bias, running_mean, running_var, num_batches_tracked, eps);
-  } catch (...) {
-    // torch.nn.BatchNorm2d.forward counts the batch before it looks at it.
-    if (has(num_batches_tracked)) num_batches_tracked->add_(1);
-    throw;
-  }
+  check::train(input, weight, bias, running_mean, running_var, num_batches_tracked, eps);
   return forward<Backend>(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, true);
 }
 
@@ -146,15 +150,16 @@ ThreeTensors batch_norm_backward(const Tensor& grad_output, const Tensor& input,
                                  std::array<bool, 3> output_mask) {
   check::backward(grad_output, input, weight, mean, invstd, stats_options(input).dtype().toScalarType());
   const at::MemoryFormat format = input.suggest_memory_format();
-  const auto make = [&](const Tensor& like, at::MemoryFormat f) {
-    return input.numel() ? at::empty_like(like, f) : at::zeros_like(like, like.options(), f);
-  };
   const Tensor& param = has(weight) ? *weight : mean;
   Tensor grad_input, grad_weight, grad_bias;
-  if (output_mask[0]) grad_input = make(input, format);
-  if (output_mask[1] && has(weight)) grad_weight = make(*weight, at::MemoryFormat::Contiguous);
-  if (output_mask[2]) grad_bias = make(param, at::MemoryFormat::Contiguous);
-  if (input.numel() == 0) return {grad_input, grad_weight, grad_bias};
+  if (output_mask[0]) grad_input = input.numel() ? at::empty_like(input, format) : at::empty_like(input);
+  if (output_mask[1] && has(weight)) grad_weight = at::empty_like(*weight, at::MemoryFormat::Contiguous);
+  if (output_mask[2]) grad_bias = at::empty({check::channel_count(input)}, param.options());
+  if (input.numel() == 0) {
+    for (Tensor* grad : {&grad_weight, &grad_bias})
+      if (grad->defined()) grad->zero_();
+    return {grad_input, grad_weight, grad_bias};
+  }
 
   const Tensor x = input.contiguous(format), dy = grad_output.contiguous(format);
   const Channels weight_(weight), mean_(mean), invstd_(invstd);

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import subject
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bnext
 from bnext import reference
 
 WIDE = [torch.float32, torch.float64]
@@ -18,6 +18,8 @@ HALF = [torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels_last"]
 OUTPUTS = ("output", "running_mean", "running_var", "grad_input", "grad_weight", "grad_bias")
 ALL = (True, True, True)
+
+Results = dict[str, Tensor | None]  # by the names in OUTPUTS
 
 # Few elements and odd sizes.
 SMALL = [
@@ -91,7 +93,7 @@ def run(
     eps: float = 1e-5,
     grad_output: Tensor | None = None,
     requires: tuple[bool, bool, bool] = ALL,
-) -> dict[str, Tensor | None]:
+) -> Results:
     """Everything a batch norm gives on copies of these arguments, by name; no gradients without grad_output."""
     wanted = [r and grad_output is not None for r in requires]
     leaves = [
@@ -105,7 +107,7 @@ def run(
     return dict(zip(OUTPUTS, (output.detach(), *buffers, *grads), strict=True))
 
 
-def exact(input: Tensor, **arguments: Any) -> tuple[dict[str, Tensor | None], dict[str, float]]:
+def exact(input: Tensor, **arguments: Any) -> tuple[Results, dict[str, float]]:
     """The same by bnext.reference in float64, and the size of the terms that each result is a difference of."""
     a = {k: reference.oracle(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     x, weight, dy = reference.oracle(input), a.get("weight"), a.get("grad_output")
@@ -149,25 +151,29 @@ def assert_accurate(name: str, ours: Tensor, theirs: Tensor, oracle: Tensor, siz
     )
 
 
-def check(input: Tensor, **arguments: Any) -> dict[str, Tensor | None]:
-    """bnext against torch and the oracle on the same arguments: ops, presence, strides, accuracy. Ours is returned."""
+def check(input: Tensor, **arguments: Any) -> Results:
+    """The subject's results, checked against torch and the oracle: ops, presence, strides, accuracy."""
     training, grad_output = arguments.get("training", True), arguments.get("grad_output")
     present = (True, arguments.get("weight") is not None, arguments.get("bias") is not None)
     requires = arguments.get("requires", ALL)
     backward = grad_output is not None and any(r and p for r, p in zip(requires, present, strict=True))
     with bnext_ops("train" if training else "eval", *["backward"] * backward) as recorder:
-        ours = run(bnext.batch_norm, input, **arguments)
-    if backward:
+        ours = run(subject.batch_norm, input, **arguments)
+    if backward and subject.is_bnext:
         mask = list(recorder.bnext[-1][1][-1])
         assert mask == [r and p for r, p in zip(requires, present, strict=True)]  # no more is computed
-    theirs = run(F.batch_norm, input, **arguments)
+    compare(ours, run(F.batch_norm, input, **arguments), input, **arguments)
+    return ours
+
+
+def compare(ours: Results, theirs: Results, input: Tensor, **arguments: Any) -> None:
+    """Presence, strides and accuracy of every result of a batch norm with these arguments."""
     oracle, sizes = exact(input, **arguments)
     for name in OUTPUTS:
         assert (ours[name] is None) == (theirs[name] is None) == (oracle[name] is None), name
         if ours[name] is not None:
             assert ours[name].stride() == theirs[name].stride(), name
             assert_accurate(name, ours[name], theirs[name], oracle[name], sizes.get(name, 0.0))
-    return ours
 
 
 class Recorder(TorchDispatchMode):
@@ -193,9 +199,14 @@ class Recorder(TorchDispatchMode):
 
 @contextlib.contextmanager
 def bnext_ops(*expected: str) -> Iterator[Recorder]:
-    """Asserts that exactly these bnext ops (train, eval, backward) run inside, and none of torch's batch norms."""
+    """Asserts that exactly these bnext ops (train, eval, backward) run inside, and none of torch's batch norms.
+
+    Of another batch norm under test nothing is asserted.
+    """
     with Recorder() as recorder:
         yield recorder
+    if not subject.is_bnext:
+        return
     assert recorder.names == expected
     assert recorder.torch == []
 
@@ -209,8 +220,8 @@ def torch_ops() -> Iterator[Recorder]:
 
 
 def modules(dim: int = 2) -> tuple[type, type]:
-    """bnext's and torch's BatchNorm of that many spatial dimensions."""
-    return getattr(bnext, f"BatchNorm{dim}d"), getattr(torch.nn, f"BatchNorm{dim}d")
+    """The BatchNorm under test and torch's, of that many spatial dimensions."""
+    return getattr(subject, f"BatchNorm{dim}d"), getattr(torch.nn, f"BatchNorm{dim}d")
 
 
 def layers(channels: int = 5, dim: int = 2, **keywords: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -233,7 +244,11 @@ def assert_same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
         torch.testing.assert_close(ours.state_dict()[key], value, msg=lambda m, key=key: f"{key}: {m}")
 
 
-by_dtype = pytest.mark.parametrize("dtype", WIDE + HALF, ids=lambda d: str(d).removeprefix("torch."))
-by_wide_dtype = pytest.mark.parametrize("dtype", WIDE, ids=["float32", "float64"])
+def float_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+by_dtype = pytest.mark.parametrize("dtype", WIDE + HALF, ids=float_id)
+by_wide_dtype = pytest.mark.parametrize("dtype", WIDE, ids=float_id)
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 by_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

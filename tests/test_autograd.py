@@ -1,12 +1,12 @@
 """Derivatives to second order, and the rules of the graph: what was saved, when it may change."""
 
 import pytest
+import subject
 import torch
 import torch.nn.functional as F
 from helpers import bnext_ops, by_layout, by_mode, channel_arguments, in_layout, layers, values
 from torch.autograd import gradcheck, gradgradcheck
 
-import bnext
 from bnext import reference
 
 SHAPES = [(3, 2), (2, 3, 4), (3, 2, 2, 3), (2, 2, 2, 1, 3)]
@@ -35,7 +35,7 @@ def problem(shape, given=("weight", "bias"), layout="contiguous"):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradcheck_to_second_order(shape, given, layout, training):
     leaves, function = problem(shape, given, layout)
-    f = function(bnext.batch_norm, training)
+    f = function(subject.batch_norm, training)
     assert gradcheck(f, leaves)
     grad_output = in_layout(torch.randn(shape, dtype=torch.float64), layout).requires_grad_()
     assert gradgradcheck(f, leaves, grad_output)
@@ -46,14 +46,14 @@ def test_gradcheck_to_second_order(shape, given, layout, training):
 def test_gradgradcheck_of_one_leaf(wanted, training):
     leaves, function = problem((3, 2, 4))
     leaves = [t.requires_grad_(i == wanted) for i, t in enumerate(leaves)]
-    assert gradgradcheck(function(bnext.batch_norm, training), leaves)
+    assert gradgradcheck(function(subject.batch_norm, training), leaves)
 
 
 @by_mode
 def test_second_derivative_is_torchs(training):
     leaves, function = problem((4, 5, 3, 6))
     found = []
-    for batch_norm in (bnext.batch_norm, F.batch_norm):
+    for batch_norm in (subject.batch_norm, F.batch_norm):
         y = function(batch_norm, training)(*leaves)
         first = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
         found.append((*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)))
@@ -64,7 +64,7 @@ def test_second_derivative_is_torchs(training):
 def test_double_backward_calls_the_kernel_for_the_first_derivative():
     leaves, function = problem((4, 5, 3, 6))
     with bnext_ops("train", "backward"):
-        y = function(bnext.batch_norm, True)(*leaves)
+        y = function(subject.batch_norm, True)(*leaves)
         torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
 
 
@@ -72,7 +72,7 @@ def test_double_backward_calls_the_kernel_for_the_first_derivative():
 def test_upstream_that_depends_on_the_input(training):
     leaves, function = problem((4, 5, 6))
     found = []
-    for batch_norm in (bnext.batch_norm, F.batch_norm):
+    for batch_norm in (subject.batch_norm, F.batch_norm):
         input = leaves[0]
         y = function(batch_norm, training)(*leaves)
         upstream = input.sin() * leaves[1].reshape(1, -1, 1)
@@ -92,7 +92,7 @@ def test_third_derivative_is_that_of_the_formula():
     x = values((3, 2, 4), torch.float64).requires_grad_()
     direction = torch.randn(2, 3, 2, 4, dtype=torch.float64)
     found = []
-    for batch_norm in (bnext.batch_norm, formula):
+    for batch_norm in (subject.batch_norm, formula):
         g = batch_norm(x, None, None, training=True).pow(4).sum()
         for d in direction:
             g = (torch.autograd.grad(g, x, create_graph=True)[0] * d).sum()
@@ -177,7 +177,7 @@ def test_retain_graph(training):
 @by_mode
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 def test_buffers_are_not_differentiable(name, training):
-    for batch_norm in (bnext.batch_norm, F.batch_norm):
+    for batch_norm in (subject.batch_norm, F.batch_norm):
         a = channel_arguments(5, torch.float32)
         before = {k: v.clone() for k, v in a.items()}
         a[name].requires_grad_()

@@ -12,6 +12,8 @@ from torch._dynamo.backends.common import aot_autograd
 
 import bnext
 
+pytestmark = pytest.mark.bnext("compiles bnext.ops")
+
 inductor = pytest.param(
     "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 )

@@ -10,6 +10,8 @@ from torch import nn
 
 import bnext
 
+pytestmark = pytest.mark.bnext("bnext.convert_batchnorm")
+
 
 class Residual(nn.Module):
     def __init__(self):

@@ -3,11 +3,10 @@
 import math
 
 import pytest
+import subject
 import torch
 import torch.nn.functional as F
 from helpers import layers
-
-import bnext
 
 
 def arguments(**changes):
@@ -114,7 +113,7 @@ def test_refused(name):
     changes, named = REFUSED[name]
     given = arguments(**changes)
     theirs, *_ = outcome(F.batch_norm, given)
-    ours, *buffers = outcome(bnext.batch_norm, given)
+    ours, *buffers = outcome(subject.batch_norm, given)
     assert isinstance(theirs, Exception), "torch accepts this"
     assert type(ours) is type(theirs), f"{ours!r} is not {theirs!r}"
     for word in named:
@@ -126,7 +125,7 @@ def test_refused(name):
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted(name):
     given = arguments(**ACCEPTED[name])
-    theirs, ours = outcome(F.batch_norm, given), outcome(bnext.batch_norm, given)
+    theirs, ours = outcome(F.batch_norm, given), outcome(subject.batch_norm, given)
     for a, b in zip(ours, theirs, strict=True):
         assert (a is None) == (b is None)
         if a is not None:

@@ -13,6 +13,8 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import bnext
 
+pytestmark = pytest.mark.bnext("bnext's list of fallbacks")
+
 
 @pytest.fixture(autouse=True)
 def _torch_jit_is_deprecated():

@@ -11,6 +11,8 @@ import pytest
 
 import bnext
 
+pytestmark = pytest.mark.bnext("bnext's instruction sets")
+
 OBJECTS = [*(Path(__file__).parent.parent / "build").glob("temp.*/csrc/cpu/*.o")]
 UNITS = ["scalar"] if bnext.ops.cpu_isa == "scalar" else ["scalar", "avx2"]
 

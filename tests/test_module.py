@@ -5,11 +5,10 @@ import inspect
 import pickle
 
 import pytest
+import subject
 import torch
 from helpers import assert_same_state, bnext_ops, layers, modules, values
 from torch import nn
-
-import bnext
 
 DIMS = (1, 2, 3)
 SHAPES = {1: (4, 5), 2: (4, 5, 3, 3), 3: (4, 5, 2, 3, 3)}
@@ -107,7 +106,7 @@ def test_copies(training, tmp_path):
     layer, theirs = (m.train(training) for m in layers(momentum=None, eps=1e-2))
     x = values(SHAPES[2], torch.float32)
     for name, twin in copies(layer, tmp_path).items():
-        assert type(twin) is bnext.BatchNorm2d, name
+        assert type(twin) is subject.BatchNorm2d, name
         assert twin.training == training, name
         assert (twin.eps, twin.momentum) == (1e-2, None), name
         assert twin.weight is not layer.weight, name
@@ -119,7 +118,7 @@ def test_copies(training, tmp_path):
 
 def test_a_torch_pickle_takes_our_class():
     twin = pickle.loads(pickle.dumps(layers()[1]))
-    twin.__class__ = bnext.BatchNorm2d
+    twin.__class__ = subject.BatchNorm2d
     with bnext_ops("train"):
         twin(values(SHAPES[2], torch.float32))
 
@@ -138,7 +137,7 @@ def test_hooks_run():
 
 
 def test_tied_parameters():
-    a, b = bnext.BatchNorm2d(5), bnext.BatchNorm2d(5)
+    a, b = subject.BatchNorm2d(5), subject.BatchNorm2d(5)
     b.weight = a.weight
     x = values(SHAPES[2], torch.float32)
     g = torch.randn_like(x)
@@ -165,11 +164,11 @@ def test_rank_errors(dim, rank):
 
 def test_device_and_dtype_keywords():
     for dtype in (torch.float64, torch.float32):
-        layer = bnext.BatchNorm2d(5, device="cpu", dtype=dtype)
+        layer = subject.BatchNorm2d(5, device="cpu", dtype=dtype)
         assert layer.weight.dtype == layer.bias.dtype == layer.running_var.dtype == dtype
         assert layer.num_batches_tracked.dtype == torch.int64
         assert layer(values(SHAPES[2], dtype)).dtype == dtype
-    meta = bnext.BatchNorm2d(5, device="meta")
+    meta = subject.BatchNorm2d(5, device="meta")
     assert meta.weight.is_meta
     y = meta(torch.empty(SHAPES[2], device="meta"))
     assert y.is_meta
@@ -186,7 +185,7 @@ def test_moving_between_dtypes():
 
 
 def test_usual_initialisation():
-    model = nn.Sequential(nn.Conv2d(3, 5, 3), bnext.BatchNorm2d(5))
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), subject.BatchNorm2d(5))
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.weight.data.fill_(0.5)
@@ -212,7 +211,7 @@ def test_sync_batch_norm_conversion():
 
 
 def test_functional_has_torchs_signature():
-    ours, theirs = inspect.signature(bnext.batch_norm), inspect.signature(nn.functional.batch_norm)
+    ours, theirs = inspect.signature(subject.batch_norm), inspect.signature(nn.functional.batch_norm)
     assert [(p.name, p.default, p.kind) for p in ours.parameters.values()] == [
         (p.name, p.default, p.kind) for p in theirs.parameters.values()
     ]

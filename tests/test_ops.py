@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers import by_layout, by_wide_dtype, channel_arguments, values
 
+pytestmark = pytest.mark.bnext("torch.ops.bnext")
+
 ops = torch.ops.bnext
 SHAPES = [(4, 5), (3, 5, 7), (2, 5, 4, 3), (2, 3, 2, 3, 2), (0, 5, 4, 3)]
 

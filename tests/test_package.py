@@ -12,6 +12,8 @@ import torch
 
 import bnext
 
+pytestmark = pytest.mark.bnext("bnext's package")
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if README.exists() else []

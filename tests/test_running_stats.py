@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import subject
 import torch
 import torch.nn.functional as F
 from helpers import (
@@ -16,8 +17,6 @@ from helpers import (
     layers,
     values,
 )
-
-import bnext
 
 SHAPE = (4, 5, 3, 6)
 
@@ -43,7 +42,7 @@ def test_momentum_over_steps(momentum, dtype, layout):
 
 @by_wide_dtype
 def test_cumulative_average_is_the_mean_of_the_batches(dtype):
-    layer = bnext.BatchNorm2d(5, momentum=None, dtype=dtype)
+    layer = subject.BatchNorm2d(5, momentum=None, dtype=dtype)
     batches = [values((n, *SHAPE[1:]), dtype) for n in (2, 7, 3)]
     for x in batches:
         layer(x)
@@ -74,7 +73,7 @@ def test_momentum_none_without_a_counter():
 
 
 def test_momentum_one_keeps_only_the_last_batch():
-    layer = bnext.BatchNorm2d(5, momentum=1.0)
+    layer = subject.BatchNorm2d(5, momentum=1.0)
     layer.running_mean.fill_(1e30)
     x = values(SHAPE, torch.float32)
     layer(x)
@@ -157,8 +156,8 @@ def test_buffers_that_are_strided_views(layout, dtype):
     store[:, 0], store[:, 2] = arguments["running_mean"], arguments["running_var"]
     contiguous = arguments["running_mean"].clone(), arguments["running_var"].clone()
     with bnext_ops("train"):
-        y = bnext.batch_norm(x, store[:, 0], store[:, 2], training=True)
-    assert torch.equal(y, bnext.batch_norm(x, *contiguous, training=True))
+        y = subject.batch_norm(x, store[:, 0], store[:, 2], training=True)
+    assert torch.equal(y, subject.batch_norm(x, *contiguous, training=True))
     assert torch.equal(store[:, 0], contiguous[0])
     assert torch.equal(store[:, 2], contiguous[1])
     assert (store[:, 1::2] == 42).all()
@@ -168,7 +167,7 @@ def test_buffers_with_an_offset():
     arguments = channel_arguments(5, torch.float32)
     store = torch.cat([torch.ones(1), arguments["running_mean"], arguments["running_var"], torch.ones(1)])
     oracle, _ = exact(x := values(SHAPE, torch.float32), **arguments)
-    bnext.batch_norm(x, store[1:6], store[6:11], training=True)
+    subject.batch_norm(x, store[1:6], store[6:11], training=True)
     torch.testing.assert_close(store[1:6].double(), oracle["running_mean"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(store[6:11].double(), oracle["running_var"], rtol=1e-6, atol=1e-6)
     assert store[0] == store[-1] == 1
@@ -219,7 +218,7 @@ def test_running_statistics_are_those_of_the_oracle_after_many_steps():
     oracle = [b.double() for b in buffers]
     for _ in range(50):
         x = values(SHAPE, torch.float32)
-        bnext.batch_norm(x, *mine, training=True, momentum=0.3)
+        subject.batch_norm(x, *mine, training=True, momentum=0.3)
         F.batch_norm(x, *torchs, training=True, momentum=0.3)
         found, _ = exact(x, running_mean=oracle[0], running_var=oracle[1], momentum=0.3)
         oracle = [found["running_mean"], found["running_var"]]
@@ -228,7 +227,7 @@ def test_running_statistics_are_those_of_the_oracle_after_many_steps():
 
 
 def test_unbiased_variance_of_two_values():
-    layer = bnext.BatchNorm1d(1, momentum=1.0)
+    layer = subject.BatchNorm1d(1, momentum=1.0)
     layer(torch.tensor([[1.0], [4.0]]))
     assert layer.running_mean == 2.5
     assert layer.running_var == 4.5

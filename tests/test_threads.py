@@ -6,17 +6,16 @@ import sys
 import textwrap
 
 import pytest
+import subject
 import torch
 from helpers import by_dtype, by_layout, by_mode, channel_arguments, run, values
-
-import bnext
 
 # Many channels, few channels with large planes, one channel, one image, many rows.
 SHAPES = [(8, 64, 14, 14), (4, 3, 128, 130), (1, 1, 300, 301), (1, 33, 70, 70), (20000, 5), (6, 2048, 7, 7)]
 
 
 def everything(x, dy, arguments, training):
-    return run(bnext.batch_norm, x, grad_output=dy, training=training, **arguments)
+    return run(subject.batch_norm, x, grad_output=dy, training=training, **arguments)
 
 
 @by_mode
@@ -57,10 +56,10 @@ def test_two_threads_work(shape):
         def busy():
             return {{t.name: int((t / "stat").read_text().rsplit(")")[1].split()[11])
                     for t in pathlib.Path("/proc/self/task").iterdir()}}
-        bnext.batch_norm(x, None, None, training=True)
+        subject.batch_norm(x, None, None, training=True)
         before, end = busy(), time.monotonic() + 1.5
         while time.monotonic() < end:
-            bnext.batch_norm(x, None, None, training=True)
+            subject.batch_norm(x, None, None, training=True)
         print(sorted(after - before.get(t, 0) for t, after in busy().items())[-2:])
     """)
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # waiting is not working

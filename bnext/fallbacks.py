@@ -1,0 +1,45 @@
+"""Where torch's own batch norm must run instead of bnext's: the one list of them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# Bound here, so that it stays torch's where someone puts bnext.batch_norm in its place.
+torch_batch_norm = F.batch_norm
+
+
+def needs_torch(*tensors: Tensor | None) -> str | None:
+    """Why a batch norm of these tensors must be torch's own, or None.
+
+    The reasons are the places that look through an operator to its derivative rules or its decomposition, and know only
+    torch's: functorch transforms, forward-mode AD, torch.export (and ONNX through it), TorchScript tracing. Scripting,
+    which compiles instead of calling, is handled where it is compiled; a class that overrides __torch_function__, which
+    waits for torch's names, where a module meets it (overrides_torch).
+    """
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if torch.jit.is_tracing():
+        return "TorchScript tracing"
+    if torch._C._are_functorch_transforms_active():
+        return "a functorch transform"
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        return "forward-mode AD"
+    return None
+
+
+def overrides_torch(input: object) -> bool:
+    """Whether the class of input has a __torch_function__ of its own."""
+    own = getattr(type(input), "__torch_function__", Tensor.__torch_function__)
+    return own not in (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
+
+
+def backward_needs_formula(*tensors: Tensor | None) -> bool:
+    """Whether something looks through a backward on these tensors: needs_torch's reasons, or batched gradients."""
+    if torch.compiler.is_compiling():
+        return False
+    return needs_torch(*tensors) is not None or any(
+        t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
+    )

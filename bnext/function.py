@@ -124,7 +124,7 @@ def _formula(
     grad_input, grad_weight, grad_bias = reference.backward(*wide, mean, invstd, training)
     dtype = mean.dtype if weight is None else weight.dtype
     shape = mean.shape if weight is None else weight.shape
-    return [grad_input.to(input.dtype), grad_weight.to(dtype).reshape(shape), grad_bias.to(dtype)]
+    return [grad_input.to(input.dtype).reshape(input.shape), grad_weight.to(dtype).reshape(shape), grad_bias.to(dtype)]
 
 
 def _float(name: str, value: Any) -> float:

@@ -129,9 +129,11 @@ def _formula(
 
 def _float(name: str, value: Any) -> float:
     """value as torch's argument parser takes a float."""
-    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+    if isinstance(value, (float, torch.SymFloat)):
         return value
-    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad):
+    if isinstance(value, (numbers.Real, torch.SymInt)) or (
+        isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad
+    ):
         return float(value)
     raise TypeError(f"batch_norm(): argument '{name}' must be float, not {type(value).__name__}")
 

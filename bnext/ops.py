@@ -7,7 +7,6 @@ meta tensors work without running a kernel: shapes, dtypes and strides as csrc/h
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 try:
     from bnext import _C
@@ -27,6 +26,13 @@ batch_norm_eval = torch.ops.bnext.batch_norm_eval.default
 batch_norm_backward = torch.ops.bnext.batch_norm_backward.default
 
 
+def _known(condition: bool | torch.SymBool) -> bool:
+    """Whether the condition is true for certain, sizes that are symbols included."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy: not for every import of bnext
+
+    return guard_or_false(condition)
+
+
 def _check(input: Tensor, **others: Tensor | None) -> None:
     """What csrc/checks.h refuses by devices, dtype and sizes, as far as sizes are known.
 
@@ -37,13 +43,13 @@ def _check(input: Tensor, **others: Tensor | None) -> None:
     for name, other in others.items():
         if other is not None and other.device != input.device:
             raise RuntimeError(f"expected {name} to be on {input.device} as input, got {other.device}")
-        if other is not None and name != "grad_output" and guard_or_false(other.numel() != input.shape[1]):
+        if other is not None and name != "grad_output" and _known(other.numel() != input.shape[1]):
             raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {other.numel()}")
 
 
 def _output_like(input: Tensor) -> Tensor:
     """csrc/host.h's output_format."""
-    if guard_or_false(input.numel() == 0):
+    if _known(input.numel() == 0):
         return torch.empty_like(input)
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if input.is_contiguous():
@@ -73,7 +79,7 @@ def _(
     _check(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if num_batches_tracked is not None and num_batches_tracked.device != input.device:
         raise RuntimeError(f"expected num_batches_tracked to be on {input.device}, got {num_batches_tracked.device}")
-    if input.dim() > 1 and guard_or_false(input.numel() == input.shape[1]) and guard_or_false(input.numel() > 0):
+    if input.dim() > 1 and _known(input.numel() == input.shape[1]) and _known(input.numel() > 0):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     return _fake_forward(input)
 
@@ -104,7 +110,7 @@ def _(
     _check(input, grad_output=grad_output, weight=weight, mean=mean, invstd=invstd)
     grad_input, grad_weight, grad_bias = None, None, None
     if output_mask[0]:
-        empty = guard_or_false(input.numel() == 0)
+        empty = _known(input.numel() == 0)
         format = torch.preserve_format if empty else suggest_memory_format(input)
         grad_input = torch.empty_like(input, memory_format=format)
     if output_mask[1] and weight is not None:

@@ -62,7 +62,7 @@ inline void channels(const char* name, const OptTensor& t, const Tensor& input, 
 inline at::ScalarType param_dtype(const Tensor& input, std::initializer_list<const OptTensor*> params) {
   const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
   for (const OptTensor* t : params)
-    if (has(*t)) return half && (*t)->scalar_type() == at::kFloat ? at::kFloat : input.scalar_type();
+    if (half && has(*t) && (*t)->scalar_type() == at::kFloat) return at::kFloat;
   return input.scalar_type();
 }
 

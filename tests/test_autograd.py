@@ -5,12 +5,13 @@ import subject
 import torch
 import torch.nn.functional as F
 from helpers import bnext_ops, by_layout, by_mode, channel_arguments, in_layout, layers, values
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from bnext import reference
 
 SHAPES = [(3, 2), (2, 3, 4), (3, 2, 2, 3), (2, 2, 2, 1, 3)]
-GIVEN = [("weight", "bias"), ("weight",), ("bias",), ()]
+NO_WEIGHT = pytest.mark.bnext("torch's own double backward fails where there is a bias and no weight")
+GIVEN = [("weight", "bias"), ("weight",), pytest.param(("bias",), marks=NO_WEIGHT), ()]
 
 
 def problem(shape, given=("weight", "bias"), layout="contiguous"):
@@ -82,6 +83,7 @@ def test_upstream_that_depends_on_the_input(training):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.bnext("torch's own third derivative is another")
 def test_third_derivative_is_that_of_the_formula():
     """Of torch's own it is not: its second derivative takes the saved mean and invstd for constants."""
 
@@ -112,6 +114,7 @@ def test_what_was_saved_may_not_change(name, training):
             y.sum().backward()
 
 
+@pytest.mark.bnext("torch saves the running buffers")
 def test_what_was_not_saved_may_change():
     layer, _ = layers()
     x = values((4, 5, 3, 6), torch.float32).requires_grad_()
@@ -147,6 +150,7 @@ def test_called_twice_before_one_backward(training):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.bnext("torch saves the running buffers, and refuses")
 def test_eval_backward_keeps_the_statistics_of_its_forward():
     layer, _ = layers()
     x, g = values((4, 5, 3, 6), torch.float32).requires_grad_(), torch.randn(4, 5, 3, 6)
@@ -207,3 +211,58 @@ def test_checkpointing_recomputes_the_same(layout):
         y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
         (found,) = torch.autograd.grad(y, x, g)
     assert torch.equal(found, expected)
+
+
+@by_mode
+def test_tangent_that_comes_through_the_gradient(training):
+    """Only what follows the layer has a tangent: the backward must carry it on."""
+    leaves, function = problem((4, 5, 6))
+    w, v = torch.randn(2, 4, 5, 6, dtype=torch.float64).unbind()
+    found = []
+    for batch_norm in (subject.batch_norm, F.batch_norm):
+        for create_graph in (False, True):
+            y = function(batch_norm, training)(*leaves)
+            with forward_ad.dual_level():
+                loss = (y * forward_ad.make_dual(w, v)).square().sum()
+                grads = torch.autograd.grad(loss, leaves, create_graph=create_graph)
+                found.append([forward_ad.unpack_dual(g).tangent for g in grads])
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other)
+
+
+@by_mode
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap of a custom op, as torch says
+def test_derivative_of_a_jacobian(vectorize, training):
+    leaves, function = problem((3, 2, 2))
+    found = []
+    for batch_norm in (subject.batch_norm, F.batch_norm):
+        f = function(batch_norm, training)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda x, f=f: f(x, *leaves[1:]).flatten()[:3] * x.flatten()[:3],
+            leaves[0],
+            create_graph=True,
+            vectorize=vectorize,
+        )
+        found.append((jacobian, *torch.autograd.grad(jacobian.square().sum(), leaves[1])))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0)], ids=str)
+def test_double_backward_of_nothing(shape):
+    for layer in layers(5, 1):
+        x = torch.empty(shape, requires_grad=True)
+        (g,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        g.square().sum().backward()
+        assert (layer.weight.grad == 0).all()
+        assert x.grad.shape == shape
+
+
+@pytest.mark.bnext("torch takes them in some layouts only")
+def test_parameters_of_two_dimensions():
+    x, weight, bias = torch.randn(4, 5, 6), torch.randn(5, 1).requires_grad_(), torch.randn(5).requires_grad_()
+    y = subject.batch_norm(x, None, None, weight, bias, training=True)
+    y.sum().backward()
+    assert weight.grad.shape == (5, 1)
+    assert bias.grad.shape == (5,)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from helpers import layers
 
+NAMES = ("running_mean", "running_var", "weight", "bias")
+
 
 def arguments(**changes):
     """Good arguments of a batch norm in training, changed."""
@@ -51,6 +53,22 @@ REFUSED = {
     "running_mean dtype": ({"running_mean": zeros(3, dtype=torch.float64)}, ["Float", "Double"]),
     "running_var dtype": ({"running_var": zeros(3, dtype=torch.float16)}, ["Float", "Half"]),
     "bias dtype, eval": ({"bias": zeros(3, dtype=torch.bfloat16), "training": False}, ["Float", "BFloat16"]),
+    "half input, double weight": ({"input": whole(torch.half), "weight": zeros(3, dtype=torch.float64)}, ["Double"]),
+    "half input, mixed parameters": ({"input": whole(torch.half), "bias": zeros(3, dtype=torch.half)}, ["Half"]),
+    "half input, half weight": ({"input": whole(torch.half), "weight": zeros(3, dtype=torch.half)}, ["Half"]),
+    "half input, mixed buffers": (
+        {"input": whole(torch.half), "running_var": zeros(3, dtype=torch.half), "training": False},
+        ["Half", "Float"],
+    ),
+    "bfloat16 input, float16 weight": (
+        {"input": whole(torch.bfloat16), "weight": zeros(3, dtype=torch.half), "bias": None, "training": False},
+        ["Half"],
+    ),
+    "half input, one value": ({"input": torch.ones(1, 3, 1, 1).half()}, ["more than 1 value per channel"]),
+    "float64 input, float32 parameters": ({"input": whole(torch.float64)}, ["Float", "Double"]),
+    "float8 input": ({"input": whole(torch.float8_e4m3fn)}, ["Float8"]),
+    "list for input": ({"input": [[1.0, 2.0, 3.0]], "training": False}, ["input", "Tensor", "list"]),
+    "None for input": ({"input": None, "training": False}, ["input", "Tensor", "NoneType"]),
     "half weight": ({"weight": zeros(3, dtype=torch.float16), "bias": None}, ["Half"]),
     "2-D running_mean": ({"running_mean": zeros(1, 3)}, ["running_mean", "1 dim"]),
     "no buffers, eval": ({"running_mean": None, "running_var": None, "training": False}, ["running_mean"]),
@@ -64,6 +82,12 @@ REFUSED = {
     "eps negative, eval": ({"eps": -1.0, "training": False}, ["eps", "-1"]),
     "momentum None": ({"momentum": None}, ["momentum", "NoneType"]),
     "momentum str": ({"momentum": "fast"}, ["momentum", "str"]),
+    "momentum str, eval": ({"momentum": "fast", "training": False}, ["momentum", "str"]),
+    "momentum list": ({"momentum": [0.1], "training": False}, ["momentum", "list"]),
+    "momentum complex": ({"momentum": 1j, "training": False}, ["momentum", "complex"]),
+    "momentum of three": ({"momentum": torch.ones(3), "training": False}, ["momentum", "Tensor"]),
+    "eps None, eval": ({"eps": None, "training": False}, ["eps", "NoneType"]),
+    "eps object": ({"eps": object(), "training": False}, ["eps", "object"]),
     "eps str": ({"eps": "small"}, ["eps", "str"]),
     "training int": ({"training": 1}, ["training", "bool", "int"]),
     "no channels": (
@@ -95,7 +119,29 @@ ACCEPTED = {
     "empty planes": {"input": torch.zeros(2, 3, 0, 2)},
     "empty rows": {"input": torch.zeros(0, 3)},
     "no buffers": {"running_mean": None, "running_var": None},
+    "nothing in one dimension": {"input": zeros(0), **dict.fromkeys(NAMES)},
+    "nothing in one dimension, eval": {
+        "input": zeros(0),
+        "running_mean": zeros(0),
+        "running_var": zeros(0),
+        "weight": None,
+        "bias": None,
+        "training": False,
+    },
+    **{
+        f"{half} input, {params} parameters": {
+            "input": torch.arange(48.0).reshape(4, 3, 2, 2).to(half),
+            **{name: torch.ones(3, dtype=params) for name in NAMES},
+        }
+        for half in (torch.bfloat16, torch.float16)
+        for params in (half, torch.float32)
+    },
 }
+
+
+def needs_functional():
+    if not subject.has_functional:
+        pytest.skip("the errors of F.batch_norm: needs --functional")
 
 
 def outcome(batch_norm, given):
@@ -110,12 +156,15 @@ def outcome(batch_norm, given):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
+    needs_functional()
     changes, named = REFUSED[name]
     given = arguments(**changes)
     theirs, *_ = outcome(F.batch_norm, given)
     ours, *buffers = outcome(subject.batch_norm, given)
     assert isinstance(theirs, Exception), "torch accepts this"
     assert type(ours) is type(theirs), f"{ours!r} is not {theirs!r}"
+    if not subject.is_bnext:
+        return  # torch's own messages say less, and it writes before it refuses
     for word in named:
         assert word in str(ours), f"{word!r} not in {ours}"
     for key, after in zip(("running_mean", "running_var"), buffers, strict=True):
@@ -124,6 +173,7 @@ def test_refused(name):
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted(name):
+    needs_functional()
     given = arguments(**ACCEPTED[name])
     theirs, ours = outcome(F.batch_norm, given), outcome(subject.batch_norm, given)
     for a, b in zip(ours, theirs, strict=True):
@@ -150,6 +200,52 @@ def test_a_refused_batch_is_counted(input, error):
         assert layer.num_batches_tracked == before["num_batches_tracked"] + 1
         for key in ("running_mean", "running_var"):
             assert torch.equal(layer.state_dict()[key], before[key])
+
+
+# attribute: values that make a layer's call fail, or not, with everything else good
+ATTRIBUTES = {
+    "momentum": ["a", [0.1], 1j, 10**400, None, True, 2, torch.tensor(0.5), float("nan")],
+    "eps": ["a", None, 1j, -1.0, 0.0, 10**400, torch.tensor(0.5)],
+    "training": ["a", 1, 0, None],
+    "track_running_stats": [0, 1, None],
+    "weight": [None],
+    "bias": [None],
+    "running_mean": [None],
+    "running_var": [None],
+    "num_batches_tracked": [None],
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in ATTRIBUTES.items() for v in values], ids=str)
+def test_attributes_set_later(name, value, training):
+    """Result or class of error, buffers and counter, all as torch's."""
+    x = torch.randn(4, 5, 3, 3)
+    found = []
+    for layer in layers(5):
+        layer.train(training)
+        setattr(layer, name, value)
+        try:
+            result = layer(x)
+        except Exception as error:
+            result = error
+        found.append((result, list(layer.buffers())))
+    (ours, buffers), (theirs, expected) = found
+    if isinstance(theirs, Exception):
+        assert type(ours) is type(theirs), f"{ours!r} is not {theirs!r}"
+    else:
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    torch.testing.assert_close(buffers, expected, equal_nan=True)
+
+
+def test_a_counter_that_comes_to_zero():
+    for layer in layers(5, momentum=None):
+        layer.num_batches_tracked.fill_(-1)
+        before = layer.running_mean.clone()
+        with pytest.raises((ZeroDivisionError, ValueError)):  # torch's class, and one that an op can raise
+            layer(torch.randn(4, 5, 3, 3))
+        assert layer.num_batches_tracked == 0
+        assert torch.equal(layer.running_mean, before)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])

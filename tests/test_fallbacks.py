@@ -173,3 +173,39 @@ def test_a_copy_of_a_converted_layer_scripts_too():
     layer = copy.deepcopy(bnext.convert_batchnorm(torch.nn.BatchNorm2d(5))).eval()
     x = torch.randn(2, 5, 3, 3)
     torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
+
+
+def test_in_the_place_of_torchs_own(monkeypatch):
+    """What falls back must find torch's function, not itself."""
+    _, theirs, x = pair()
+    expected = jvp(theirs.eval(), (x,), (x,))
+    monkeypatch.setattr(F, "batch_norm", bnext.batch_norm)
+    torch.testing.assert_close(jvp(theirs, (x,), (x,)), expected)
+    with bnext_ops("eval"):
+        theirs(x)
+
+
+def scripted(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, training: bool) -> torch.Tensor:
+    return bnext.batch_norm(x, mean, var, None, None, training, 0.3).relu()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_function_scripts(training):
+    x, mean, var = torch.randn(4, 5, 6), torch.randn(5), torch.rand(5)
+    found, expected = (f(x, mean.clone(), var.clone(), training) for f in (torch.jit.script(scripted), scripted))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_class_that_waits_for_torchs_names():
+    seen = []
+
+    class Logging(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    ours, theirs, x = pair()
+    torch.testing.assert_close(ours(x.as_subclass(Logging)), theirs(x.as_subclass(Logging)))
+    assert seen.count(F.batch_norm) == 2
+    assert_same_state(ours, theirs)

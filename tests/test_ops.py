@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers import by_layout, by_wide_dtype, channel_arguments, values
 
+import bnext
+
 pytestmark = pytest.mark.bnext("torch.ops.bnext")
 
 ops = torch.ops.bnext
@@ -103,3 +105,91 @@ def test_raw_backward_refuses(position, bad, names):
 def test_counter_of_the_wrong_size(counter):
     with pytest.raises(RuntimeError, match="num_batches_tracked"):
         ops.batch_norm_train(torch.randn(4, 3), None, None, None, None, counter, 0.1, 1e-5)
+
+
+def good_train():
+    a = channel_arguments(5, torch.float32)
+    x = values((2, 5, 4, 3), torch.float32)
+    return [x, a["weight"], a["bias"], a["running_mean"], a["running_var"], torch.tensor(3), 0.1, 1e-5]
+
+
+def good_eval():
+    return [*good_train()[:5], 1e-5]
+
+
+GOOD = {ops.batch_norm_train: good_train, ops.batch_norm_eval: good_eval, ops.batch_norm_backward: good_backward}
+TENSORS = [(op, i) for op, good in GOOD.items() for i, a in enumerate(good()) if isinstance(a, torch.Tensor)]
+OPTIONAL = {ops.batch_norm_train: (1, 2, 3, 4, 5), ops.batch_norm_eval: (1, 2), ops.batch_norm_backward: (2,)}
+by_tensor = pytest.mark.parametrize(("op", "i"), TENSORS, ids=str)
+
+
+def refused(op, arguments, error=Exception):
+    """op raises, and no tensor has changed."""
+    real = [a for a in arguments if isinstance(a, torch.Tensor) and a.layout == torch.strided and a.is_cpu]
+    before = [a.clone() if a.untyped_storage().nbytes() else None for a in real]
+    with pytest.raises(error) as caught:
+        op(*arguments)
+    for old, new in zip(before, real, strict=True):
+        assert old is None or torch.equal(old, new)
+    return str(caught.value)
+
+
+@by_tensor
+def test_none_for_a_required_tensor(op, i):
+    if i in OPTIONAL[op]:
+        pytest.skip("optional")
+    arguments = GOOD[op]()
+    arguments[i] = None
+    refused(op, arguments)
+
+
+@by_tensor
+def test_freed_memory(op, i):
+    arguments = GOOD[op]()
+    arguments[i].untyped_storage().resize_(0)
+    message = refused(op, arguments, RuntimeError)
+    assert "not allocated" in message or "storage" in message, message
+
+
+@by_tensor
+@pytest.mark.parametrize(
+    "bad",
+    {
+        "nothing": lambda t: t.new_empty(0),
+        "too many": lambda t: torch.ones(*t.shape[:1], 7, *t.shape[2:]) if t.dim() > 1 else torch.ones(7),
+        "int": lambda t: t.int() if t.is_floating_point() else torch.ones(3, dtype=torch.int),
+        "complex": lambda t: t.to(torch.complex64),
+        "meta": lambda t: t.to("meta"),
+        "sparse": lambda t: t.to_sparse(),
+    }.items(),
+    ids=lambda bad: bad[0],
+)
+def test_nonsense(op, i, bad):
+    arguments = GOOD[op]()
+    arguments[i] = bad[1](arguments[i])
+    if op is ops.batch_norm_train and i == 5 and bad[0] in ("complex",):
+        pytest.skip("a counter may be of any dtype")
+    refused(op, arguments)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_expanded_running_buffers(name):
+    arguments = good_train()
+    arguments[3 if name == "running_mean" else 4] = torch.ones(1).expand(5)
+    assert "expanded" in refused(ops.batch_norm_train, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"num_features": 7}, RuntimeError),
+        ({"input": torch.ones(2, 5, 4, 3, dtype=torch.int)}, NotImplementedError),
+        ({"input": torch.ones(1, 5, 1, 1)}, ValueError),
+    ],
+    ids=["channels", "int", "one value"],
+)
+def test_meta_refuses_as_the_kernels_do(change, error):
+    for device in ("cpu", "meta"):
+        layer = bnext.BatchNorm2d(change.get("num_features", 5), device=device)
+        with pytest.raises(error):
+            layer(change.get("input", torch.randn(2, 5, 4, 3)).to(device))

@@ -1,21 +1,25 @@
 """Bits that do not depend on the threads, and threads that are really used."""
 
+import itertools
 import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
-import subject
 import torch
-from helpers import by_dtype, by_layout, by_mode, channel_arguments, run, values
+from helpers import by_dtype, by_layout, by_mode, channel_arguments, in_layout, run, values
+
+import bnext
+
+pytestmark = pytest.mark.bnext("torch's own bits depend on the threads")
 
 # Many channels, few channels with large planes, one channel, one image, many rows.
 SHAPES = [(8, 64, 14, 14), (4, 3, 128, 130), (1, 1, 300, 301), (1, 33, 70, 70), (20000, 5), (6, 2048, 7, 7)]
 
 
 def everything(x, dy, arguments, training):
-    return run(subject.batch_norm, x, grad_output=dy, training=training, **arguments)
+    return run(bnext.batch_norm, x, grad_output=dy, training=training, **arguments)
 
 
 @by_mode
@@ -44,6 +48,24 @@ def test_saved_statistics_have_the_same_bits():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@by_mode
+@by_layout
+@by_dtype
+@pytest.mark.parametrize("shape", [(8, 64, 14, 14), (2, 9, 128, 130), (3000, 50), (6, 512, 7, 7)], ids=str)
+def test_a_channel_does_not_depend_on_its_neighbours(shape, dtype, layout, training):
+    """Any split of the channels gives the bits of the whole."""
+    x, dy = values(shape, dtype, layout), values(shape, dtype, layout)
+    arguments = channel_arguments(shape[1], dtype)
+    whole = everything(x, dy, arguments, training)
+    cuts = [0, 2, 5, shape[1]]
+    for begin, end in itertools.pairwise(cuts):
+        share = {k: v[begin:end] for k, v in arguments.items()}
+        parts = [in_layout(t[:, begin:end], layout) for t in (x, dy)]
+        for name, value in everything(*parts, share, training).items():
+            expected = whole[name][:, begin:end] if whole[name].dim() > 1 else whole[name][begin:end]
+            assert torch.equal(value, expected), f"{name} of channels {begin} to {end}"
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the threads' times from /proc")
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 @pytest.mark.parametrize("shape", ["32, 64, 56, 56", "8, 2, 512, 512"], ids=["channels", "phases"])
@@ -56,10 +78,10 @@ def test_two_threads_work(shape):
         def busy():
             return {{t.name: int((t / "stat").read_text().rsplit(")")[1].split()[11])
                     for t in pathlib.Path("/proc/self/task").iterdir()}}
-        subject.batch_norm(x, None, None, training=True)
+        bnext.batch_norm(x, None, None, training=True)
         before, end = busy(), time.monotonic() + 1.5
         while time.monotonic() < end:
-            subject.batch_norm(x, None, None, training=True)
+            bnext.batch_norm(x, None, None, training=True)
         print(sorted(after - before.get(t, 0) for t, after in busy().items())[-2:])
     """)
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # waiting is not working

@@ -40,6 +40,8 @@ def backward_needs_formula(*tensors: Tensor | None) -> bool:
     """Whether something looks through a backward on these tensors: needs_torch's reasons, or batched gradients."""
     if torch.compiler.is_compiling():
         return False
+    functorch = torch._C._functorch  # is_grads_batched has a tensor class of its own
     return needs_torch(*tensors) is not None or any(
-        t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
+        t is not None and (functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t))
+        for t in tensors
     )

@@ -214,6 +214,7 @@ def test_checkpointing_recomputes_the_same(layout):
 
 
 @by_mode
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, when forward-mode AD starts
 def test_tangent_that_comes_through_the_gradient(training):
     """Only what follows the layer has a tangent: the backward must carry it on."""
     leaves, function = problem((4, 5, 6))

@@ -6,7 +6,7 @@ ENVIRONMENT := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 endif
 
-.PHONY: build test bench lint clean
+.PHONY: build test test-all bench lint clean
 build: $(ENVIRONMENT)
 	@$(PYTHON) setup.py -q build_ext --inplace
 
@@ -17,6 +17,10 @@ $(VENV)/.installed: requirements-dev.txt
 
 test: build
 	$(PYTHON) -m pytest -q
+
+# Every cell of the grid, every mutation of the sources: about an hour.
+test-all: build
+	$(PYTHON) -m pytest -q --all
 
 bench: build
 	$(PYTHON) -m bench

@@ -33,6 +33,10 @@ def _known(condition: bool | torch.SymBool) -> bool:
     return guard_or_false(condition)
 
 
+def _channel_count(input: Tensor) -> int | torch.SymInt:
+    return input.shape[1] if input.dim() > 1 else 0
+
+
 def _check(input: Tensor, **others: Tensor | None) -> None:
     """What csrc/checks.h refuses by devices, dtype and sizes, as far as sizes are known.
 
@@ -40,11 +44,14 @@ def _check(input: Tensor, **others: Tensor | None) -> None:
     """
     if input.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise NotImplementedError(f'"batch_norm" not implemented for {input.dtype}')
+    if input.dim() < 2 and not _known(input.numel() == 0):
+        raise RuntimeError(f"expected input to have at least 2 dimensions (N, C, ...), got {input.shape}")
+    channels = _channel_count(input)
     for name, other in others.items():
         if other is not None and other.device != input.device:
             raise RuntimeError(f"expected {name} to be on {input.device} as input, got {other.device}")
-        if other is not None and name != "grad_output" and _known(other.numel() != input.shape[1]):
-            raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {other.numel()}")
+        if other is not None and name != "grad_output" and _known(other.numel() != channels):
+            raise RuntimeError(f"{name} should contain {channels} elements not {other.numel()}")
 
 
 def _output_like(input: Tensor) -> Tensor:
@@ -61,7 +68,7 @@ def _output_like(input: Tensor) -> Tensor:
 
 def _fake_forward(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    mean = input.new_empty(input.shape[1] if input.dim() > 1 else 0, dtype=dtype)
+    mean = input.new_empty(_channel_count(input), dtype=dtype)
     return _output_like(input), mean, torch.empty_like(mean)
 
 
@@ -116,5 +123,5 @@ def _(
     if output_mask[1] and weight is not None:
         grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if output_mask[2]:
-        grad_bias = (mean if weight is None else weight).new_empty(input.shape[1] if input.dim() > 1 else 0)
+        grad_bias = (mean if weight is None else weight).new_empty(_channel_count(input))
     return grad_input, grad_weight, grad_bias

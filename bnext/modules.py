@@ -44,14 +44,19 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
         training = running_mean is None and running_var is None
     if momentum is None and counter is None:
         momentum = 0.0  # torch: without a counter to average by, the buffers stay
+    before = _version(counter)
     try:
         return function.apply(
             input, module.weight, module.bias, running_mean, running_var, counter, training, momentum, module.eps
         )
     except Exception:
-        if counter is not None:
+        if counter is not None and _version(counter) == before:
             counter.add_(1)  # torch counts a batch before it looks at it
         raise
+
+
+def _version(counter: Tensor | None) -> int | None:
+    return None if counter is None or counter.is_inference() else counter._version
 
 
 class BatchNorm1d(_Forward, nn.BatchNorm1d):

@@ -32,3 +32,9 @@ def _same_start(request: pytest.FixtureRequest):
     torch.manual_seed(request.config.getoption("--seed"))
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(_same_start: None) -> None:
+    """For small tensors: a second thread gains nothing there, and loses by waiting where the cores are busy."""
+    torch.set_num_threads(1)

@@ -15,6 +15,8 @@ from bnext import reference
 
 WIDE = [torch.float32, torch.float64]
 HALF = [torch.bfloat16, torch.float16]
+# Of the input, and of parameters and buffers.
+DTYPES = [(d, d) for d in WIDE + HALF] + [(d, torch.float32) for d in HALF]
 LAYOUTS = ["contiguous", "channels_last"]
 OUTPUTS = ("output", "running_mean", "running_var", "grad_input", "grad_weight", "grad_bias")
 ALL = (True, True, True)
@@ -251,6 +253,7 @@ def float_id(dtype: torch.dtype) -> str:
 
 
 by_dtype = pytest.mark.parametrize("dtype", WIDE + HALF, ids=float_id)
+by_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(map(float_id, dict.fromkeys(pair))))
 by_wide_dtype = pytest.mark.parametrize("dtype", WIDE, ids=float_id)
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 by_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -12,15 +12,14 @@ import subject
 import torch
 import torch.nn.functional as F
 from helpers import (
-    HALF,
     LARGE,
     OUTPUTS,
     SMALL,
     bnext_ops,
+    by_dtypes,
     by_layout,
     channel_arguments,
     compare,
-    float_id,
     in_layout,
     layers,
     run,
@@ -31,9 +30,6 @@ RESNET = [(2, 64, 56, 56), (2, 256, 14, 14), (4, 512, 7, 7)]
 MOMENTUM = (0.1, 0, 1, None, True)
 EACH = (True, False)
 
-# Of the input, and of parameters and buffers.
-DTYPES = [(d, d) for d in (torch.float64, torch.float32, *HALF)] + [(d, torch.float32) for d in HALF]
-by_dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(map(float_id, dict.fromkeys(pair))))
 by_shape = pytest.mark.parametrize("shape", [*SMALL, *LARGE, *RESNET], ids=str)
 
 

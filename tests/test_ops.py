@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import by_layout, by_wide_dtype, channel_arguments, values
+from helpers import DTYPES, by_dtypes, by_layout, channel_arguments, values
 
 import bnext
 
@@ -10,58 +10,104 @@ pytestmark = pytest.mark.bnext("torch.ops.bnext")
 
 ops = torch.ops.bnext
 SHAPES = [(4, 5), (3, 5, 7), (2, 5, 4, 3), (2, 3, 2, 3, 2), (0, 5, 4, 3)]
+GIVEN = [(), ("weight", "bias"), ("weight",), ("buffers",), ("weight", "bias", "buffers")]
+MASKS = [[True] * 3, [True, False, False], [False, True, True], [False] * 3]
+QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")  # a fiftieth of the time of all
+LEAVES = ("input", "grad_output", "weight", "bias")
+
+by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+by_given = pytest.mark.parametrize("given", GIVEN, ids=str)
+by_mask = pytest.mark.parametrize("mask", MASKS, ids=str)
+by_affine = pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 
 
-def train_arguments(shape, dtype, layout, given):
-    a = channel_arguments(shape[1], dtype)
+def opcheck(op, arguments, traced=False):
+    """torch's checks of an op: all where traced; else the quick ones, without and with gradients wanted."""
+    if traced:
+        torch.library.opcheck(op, arguments)
+        return
+    names = [a.name for a in op.default._schema.arguments]
+    for requires_grad in (False, True):  # tracing refuses these: autograd is BatchNormFunction's
+        leaves = [
+            t.detach().requires_grad_(requires_grad) if name in LEAVES and t is not None else t
+            for name, t in zip(names, arguments, strict=True)
+        ]
+        torch.library.opcheck(op, tuple(leaves), test_utils=QUICK)
+
+
+def train_arguments(shape, dtypes, layout, given):
+    a = channel_arguments(shape[1], dtypes[1])
     parameters = [a[k] if k in given else None for k in ("weight", "bias")]
     buffers = [a["running_mean"], a["running_var"], torch.tensor(3)] if "buffers" in given else [None] * 3
-    return values(shape, dtype, layout), *parameters, *buffers
+    return values(shape, dtypes[0], layout), *parameters, *buffers
 
 
-GIVEN = [(), ("weight", "bias"), ("weight",), ("buffers",), ("weight", "bias", "buffers")]
+def eval_arguments(shape, dtypes, layout, affine):
+    a = channel_arguments(shape[1], dtypes[1])
+    parameters = (a["weight"], a["bias"]) if affine else (None, None)
+    return values(shape, dtypes[0], layout), *parameters, a["running_mean"], a["running_var"], 1e-5
 
 
-@by_layout
-@by_wide_dtype
-@pytest.mark.parametrize("given", GIVEN, ids=str)
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_opcheck_train(given, momentum, dtype, layout):
-    for shape in SHAPES:
-        torch.library.opcheck(ops.batch_norm_train, (*train_arguments(shape, dtype, layout, given), momentum, 1e-5))
-
-
-@by_layout
-@by_wide_dtype
-@pytest.mark.parametrize("affine", [True, False])
-def test_opcheck_eval(affine, dtype, layout):
-    for shape in SHAPES:
-        a = channel_arguments(shape[1], dtype)
-        parameters = (a["weight"], a["bias"]) if affine else (None, None)
-        torch.library.opcheck(
-            ops.batch_norm_eval,
-            (values(shape, dtype, layout), *parameters, a["running_mean"], a["running_var"], 1e-5),
-        )
+def backward_arguments(shape, dtypes, layout, affine, training, mask):
+    a = channel_arguments(shape[1], dtypes[1])
+    statistics = (torch.randn(shape[1]).to(torch.promote_types(dtypes[0], torch.float32)) for _ in range(2))
+    x, dy = values(shape, dtypes[0], layout), values(shape, dtypes[0], layout)
+    return dy, x, a["weight"] if affine else None, *statistics, training, mask
 
 
 @by_layout
-@by_wide_dtype
-@pytest.mark.parametrize("mask", [[True] * 3, [True, False, False], [False, True, True], [False] * 3], ids=str)
-@pytest.mark.parametrize("training", [True, False])
-def test_opcheck_backward(mask, training, dtype, layout):
+@by_dtypes
+@by_given
+def test_opcheck_train(given, dtypes, layout):
     for shape in SHAPES:
-        a = channel_arguments(shape[1], dtype)
-        x, dy = values(shape, dtype, layout), values(shape, dtype, layout)
-        for weight in (a["weight"], None):
-            arguments = (dy, x, weight, a["running_mean"], a["running_var"], training, mask)
-            torch.library.opcheck(ops.batch_norm_backward, arguments)
+        for momentum in (0.1, None):
+            opcheck(ops.batch_norm_train, (*train_arguments(shape, dtypes, layout, given), momentum, 1e-5))
 
 
 @by_layout
-@by_wide_dtype
-def test_meta_agrees_with_the_kernels(dtype, layout):
+@by_dtypes
+@by_affine
+def test_opcheck_eval(affine, dtypes, layout):
     for shape in SHAPES:
-        arguments = train_arguments(shape, dtype, layout, ("weight", "bias", "buffers"))
+        opcheck(ops.batch_norm_eval, eval_arguments(shape, dtypes, layout, affine))
+
+
+@by_layout
+@by_dtypes
+@by_mask
+def test_opcheck_backward(mask, dtypes, layout):
+    for shape in SHAPES:
+        for affine, training in ((True, True), (True, False), (False, True)):
+            opcheck(ops.batch_norm_backward, backward_arguments(shape, dtypes, layout, affine, training, mask))
+
+
+@by_given
+@by_shape
+def test_traced_train(shape, given):
+    for dtypes, layout, momentum in ((DTYPES[0], "contiguous", 0.1), (DTYPES[-1], "channels_last", None)):
+        opcheck(ops.batch_norm_train, (*train_arguments(shape, dtypes, layout, given), momentum, 1e-5), traced=True)
+
+
+@by_affine
+@by_shape
+def test_traced_eval(shape, affine):
+    for dtypes, layout in ((DTYPES[0], "contiguous"), (DTYPES[-1], "channels_last")):
+        opcheck(ops.batch_norm_eval, eval_arguments(shape, dtypes, layout, affine), traced=True)
+
+
+@by_mask
+@by_shape
+def test_traced_backward(shape, mask):
+    for dtypes, layout, training in ((DTYPES[0], "channels_last", True), (DTYPES[-1], "contiguous", False)):
+        arguments = backward_arguments(shape, dtypes, layout, True, training, mask)
+        opcheck(ops.batch_norm_backward, arguments, traced=True)
+
+
+@by_layout
+@by_dtypes
+def test_meta_agrees_with_the_kernels(dtypes, layout):
+    for shape in SHAPES:
+        arguments = train_arguments(shape, dtypes, layout, ("weight", "bias", "buffers"))
         real = ops.batch_norm_train(*arguments, 0.1, 1e-5)
         meta = ops.batch_norm_train(*(t.to("meta") for t in arguments), 0.1, 1e-5)
         for r, m in zip(real, meta, strict=True):

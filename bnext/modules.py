@@ -56,7 +56,9 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
 
 
 def _version(counter: Tensor | None) -> int | None:
-    return None if counter is None or counter.is_inference() else counter._version
+    """What tells whether the kernel has counted, where it can be asked for."""
+    unknown = counter is None or torch.compiler.is_compiling() or counter.is_inference()
+    return None if unknown else counter._version
 
 
 class BatchNorm1d(_Forward, nn.BatchNorm1d):

@@ -9,5 +9,6 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of bnext: loading it registers torch.ops.bnext.";
   m.attr("torch_version") = BNEXT_STRING(BNEXT_TORCH_VERSION);  // the torch it was built against
-  m.def("cpu_isa", &bnext::cpu::isa, "Instruction set of the CPU kernels: scalar or avx2; BNEXT_CPU_ISA forces one.");
+  m.def("cpu_isa", &bnext::cpu::isa,
+        "Instruction set of the CPU kernels: scalar, avx2 or avx512; BNEXT_CPU_ISA forces one.");
 }

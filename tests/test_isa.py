@@ -14,7 +14,7 @@ import bnext
 pytestmark = pytest.mark.bnext("bnext's instruction sets")
 
 OBJECTS = [*(Path(__file__).parent.parent / "build").glob("temp.*/csrc/cpu/*.o")]
-UNITS = ["scalar"] if bnext.ops.cpu_isa == "scalar" else ["scalar", "avx2"]
+UNITS = {"scalar": ["scalar"], "avx2": ["scalar", "avx2"]}.get(bnext.ops.cpu_isa, ["scalar", "avx2", "avx512"])
 
 EVERYTHING = textwrap.dedent("""
     import hashlib, sys, torch, bnext
@@ -57,15 +57,16 @@ def test_every_unit_gives_the_same_bits():
 @pytest.mark.parametrize("name", ["avx1024", "AVX2"])
 def test_an_unknown_name_is_refused(name):
     error = python("import bnext", name, check=False).stderr
-    assert f"BNEXT_CPU_ISA: expected scalar or avx2, got {name}" in error
+    assert f"BNEXT_CPU_ISA: expected scalar, avx2 or avx512, got {name}" in error
 
 
 @pytest.mark.skipif(
     not OBJECTS or shutil.which("nm") is None, reason="needs nm and the object files of a build in place"
 )
 def test_no_wide_code_can_be_merged_into_another_unit():
-    """A function that the linker may share would run its AVX2 version on machines without AVX2."""
-    (unit,) = [o for o in OBJECTS if o.name == "avx2.o"]
-    names = subprocess.run(["nm", "--defined-only", "-C", unit], capture_output=True, text=True, check=True).stdout
-    shared = [line for line in names.splitlines() if line.split()[1] in "WVu" and "DW.ref" not in line]
-    assert shared == []
+    """A function that the linker may share would run its AVX version on machines without AVX."""
+    units = [o for o in OBJECTS if o.stem in ("avx2", "avx512")]
+    assert len(units) == 2
+    for unit in units:
+        names = subprocess.run(["nm", "--defined-only", "-C", unit], capture_output=True, text=True, check=True).stdout
+        assert [line for line in names.splitlines() if line.split()[1] in "WVu" and "DW.ref" not in line] == []

@@ -8,37 +8,48 @@
 namespace bnext::cpu {
 namespace {
 
-bool has_avx2() {
+struct Unit {
+  const char* name;
+  bool runs_here;
+  const Kernels& (*kernels)(DType);
+};
+
+const Unit& choose() {
+  // The best first.
+  static const Unit units[] = {
 #ifdef __x86_64__
-  return __builtin_cpu_supports("avx2");
-#else
-  return false;
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl"),
+       avx512::kernels},
+      {"avx2", __builtin_cpu_supports("avx2") != 0, avx2::kernels},
 #endif
+      {"scalar", true, scalar::kernels},
+  };
+  const char* variable = std::getenv("BNEXT_CPU_ISA");
+  const std::string wanted = variable ? variable : "";
+  for (const Unit& unit : units) {
+    if (wanted.empty() ? unit.runs_here : wanted == unit.name) {
+      if (unit.runs_here) return unit;
+      throw std::invalid_argument("BNEXT_CPU_ISA: this machine has no " + wanted + "; unset it or say scalar");
+    }
+  }
+  throw std::invalid_argument("BNEXT_CPU_ISA: expected scalar, avx2 or avx512, got " + wanted);
 }
 
-const char* choose() {
-  const char* variable = std::getenv("BNEXT_CPU_ISA");
-  const std::string name = variable ? variable : "";
-  if (name.empty()) return has_avx2() ? "avx2" : "scalar";
-  if (name == "scalar") return "scalar";
-  if (name != "avx2") throw std::invalid_argument("BNEXT_CPU_ISA: expected scalar or avx2, got " + name);
-  if (!has_avx2()) throw std::invalid_argument("BNEXT_CPU_ISA: this machine has no avx2; unset it or say scalar");
-  return "avx2";
+const Unit& unit() {
+  static const Unit& chosen = choose();
+  return chosen;
 }
 
 }  // namespace
 
 const char* isa() {
-  static const char* const chosen = choose();
-  return chosen;
+  return unit().name;
 }
 
 const Kernels& kernels(DType dtype) {
-#ifdef __x86_64__
-  static const bool wide = isa() == std::string("avx2");
-  if (wide) return avx2::kernels(dtype);
-#endif
-  return scalar::kernels(dtype);
+  return unit().kernels(dtype);
 }
 
 }  // namespace bnext::cpu

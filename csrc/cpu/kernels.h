@@ -63,9 +63,12 @@ const Kernels& kernels(DType dtype);
 namespace avx2 {
 const Kernels& kernels(DType dtype);
 }
+namespace avx512 {
+const Kernels& kernels(DType dtype);
+}
 
-// The unit that runs, "scalar" or "avx2": the best that the machine has, or the one that BNEXT_CPU_ISA names. Chosen at
-// the first call. Throws std::invalid_argument for a name that is none, or that this machine cannot run.
+// The unit that runs, "scalar", "avx2" or "avx512": the best that the machine has, or the one that BNEXT_CPU_ISA names.
+// Chosen at the first call. Throws std::invalid_argument for a name that is none, or that this machine cannot run.
 const char* isa();
 const Kernels& kernels(DType dtype);
 

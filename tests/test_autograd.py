@@ -258,12 +258,3 @@ def test_double_backward_of_nothing(shape):
         g.square().sum().backward()
         assert (layer.weight.grad == 0).all()
         assert x.grad.shape == shape
-
-
-@pytest.mark.bnext("torch takes them in some layouts only")
-def test_parameters_of_two_dimensions():
-    x, weight, bias = torch.randn(4, 5, 6), torch.randn(5, 1).requires_grad_(), torch.randn(5).requires_grad_()
-    y = subject.batch_norm(x, None, None, weight, bias, training=True)
-    y.sum().backward()
-    assert weight.grad.shape == (5, 1)
-    assert bias.grad.shape == (5,)

@@ -74,6 +74,18 @@ def test_weight_wanted_but_absent(training):
     check(x, training=training, requires=(False, True, True), **arguments)
 
 
+@pytest.mark.bnext("torch takes such parameters, and fails in the backward")
+@by_mode
+def test_parameters_of_two_dimensions(training):
+    x, arguments = problem(SHAPE, torch.float32)
+    flat = run(subject.batch_norm, x, training=training, **arguments)
+    for name in ("weight", "bias"):
+        arguments[name] = arguments[name][None]
+        flat[f"grad_{name}"] = flat[f"grad_{name}"][None]
+    found = run(subject.batch_norm, x, training=training, **arguments)
+    assert all(torch.equal(found[name], flat[name]) for name in OUTPUTS)
+
+
 UPSTREAM = {
     "expanded scalar": lambda shape: torch.tensor(2.5).expand(shape),
     "expanded channels": lambda shape: torch.randn(1, shape[1], 1, 1).expand(shape),

@@ -140,6 +140,18 @@ def test_denormals(shape, dtype, layout):
     assert (ours["output"] != 0).any()
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=float_id)
+@pytest.mark.parametrize("shape", [(64, 4, 256), (2**15, 2)], ids=["vectors", "one by one"])
+@pytest.mark.parametrize("weight", [1.0, 1.5, 2.0**-6], ids=["exact", "ties", "denormals"])
+def test_every_half_value(weight, shape, dtype):
+    """Read exactly and rounded to nearest, ties to even: with a mean of 0 and a variance of 1 nothing else is left."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(shape)
+    zero, one = torch.zeros(shape[1]), torch.ones(shape[1])
+    y = subject.batch_norm(x, zero, one, one * weight, training=False, eps=0.0)
+    expected = (x.float() * weight).to(dtype)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @by_dtype
 @by_layout
 @pytest.mark.parametrize("shape", [(8, 9, 14, 14), (2, 3, 70, 70), (300, 9)], ids=str)

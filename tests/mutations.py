@@ -1,0 +1,369 @@
+"""What the suite must notice: faults to put into bnext's sources, one at a time, and the tests that find them.
+
+A block of the table is one: a name, and what is then wrong; the file, and its tests as test_file::test_function; the
+text that is there, exactly once, behind "- ", and what takes its place behind "+ " (nothing: it goes).
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """A fault: new in place of old, in a file; of the tests, arguments of pytest, one must then fail."""
+
+    name: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def compiled(self) -> bool:
+        return self.file.startswith("csrc/")
+
+    @property
+    def compares_units(self) -> bool:
+        """Whether only the comparison of two instruction sets can notice."""
+        return any("test_isa" in test for test in self.tests)
+
+
+def _parse(block: str) -> Mutation:
+    head, where, *change = block.splitlines()
+    name, what = head.split(": ", 1)
+    file, *tests = where.split()
+    old, new = ("\n".join(line[2:] for line in change if line[0] == sign) for sign in "-+")
+    if not tests or not old or any(line[:2] not in ("- ", "+ ") for line in change):
+        raise ValueError(f"cannot read the mutation {name}")
+    return Mutation(name, what, file, old, new, tuple(f"tests/{test.replace('::', '.py::')}" for test in tests))
+
+
+_TABLE = """
+running-var-biased: running_var takes the biased variance
+csrc/math.h test_running_stats::test_unbiased_variance_of_two_values
+- return m2 / (n - 1);
++ return m2 / n;
+
+variance-unbiased: the unbiased variance normalises
+csrc/math.h test_forward::test_affine
+- inline double biased_var(double m2, double n) {
+-   return m2 / n;
++ inline double biased_var(double m2, double n) {
++   return m2 / (n - 1);
+
+eps-outside-root: eps is added to the standard deviation
+csrc/math.h test_forward::test_eps
+- return 1 / std::sqrt(var + eps);
++ return 1 / (std::sqrt(var) + eps);
+
+folded-shift: x * scale + shift instead of (x - mean) * scale + bias
+csrc/math.h test_forward::test_hard_numbers
+- return (x - mean) * scale + bias;
++ return x * scale + (bias - mean * scale);
+
+momentum-inverted: momentum weighs the old statistics
+csrc/math.h test_running_stats::test_momentum_over_steps
+- return (1 - factor) * running + factor * batch;
++ return factor * running + (1 - factor) * batch;
+
+momentum-ignored: momentum is always 0.1
+csrc/math.h test_running_stats::test_momentum_over_steps
+- num_batches_tracked) : momentum;
++ num_batches_tracked) : 0.1;
+
+cumulative-off-by-one: momentum=None divides by one batch too many
+csrc/math.h test_running_stats::test_momentum_over_steps
+- 1 / static_cast<double>(num_batches_tracked)
++ 1 / static_cast<double>(num_batches_tracked + 1)
+
+chan-without-delta: blocks are combined as if their means were equal
+csrc/math.h test_forward::test_shapes
+- a.m2 = a.m2 + b.m2 + delta * delta * (share * n_a);
++ a.m2 = a.m2 + b.m2;
+
+chan-infinite-means: the difference of infinite means makes NaN of them
+csrc/math.h test_forward::test_nonfinite_channel
+- std::isfinite(delta) ?
++ true ?
+
+grad-weight-without-invstd: grad_weight is of the centred input, not the normalised one
+csrc/math.h test_backward::test_affine
+- return sum_dy_xmu * invstd;
++ return sum_dy_xmu;
+
+grad-input-without-mean: grad_input lacks the term of the mean
+csrc/math.h test_backward::test_affine
+- return (dy - grad_mean - (x - mean) * projection) * scale;
++ return (dy - (x - mean) * projection) * scale;
+
+grad-input-without-projection: grad_input lacks the term of the variance
+csrc/math.h test_backward::test_affine
+- return (dy - grad_mean - (x - mean) * projection) * scale;
++ return (dy - grad_mean) * scale;
+
+projection-one-invstd: the term of the variance has invstd once, not squared
+csrc/math.h test_backward::test_affine
+- return sum_dy_xmu / count * invstd * invstd;
++ return sum_dy_xmu / count * invstd;
+
+bfloat16-truncated: bfloat16 is cut off instead of rounded
+csrc/half.h test_forward::test_every_half_value
+- (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16
++ bits >> 16
+
+bfloat16-ties-up: bfloat16 rounds ties up instead of to even
+csrc/half.h test_forward::test_every_half_value
+- (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16
++ (bits + 0x8000u) >> 16
+
+float16-ties-up: float16 rounds ties up instead of to even
+csrc/half.h test_forward::test_every_half_value
+- magnitude + 0xfffu + ((magnitude >> 13) & 1u)
++ magnitude + 0x1000u
+
+float16-small-flushed: denormal float16 numbers are read as zero
+csrc/half.h test_forward::test_every_half_value
+- magnitude < 0x400u ? small : normal));
++ magnitude < 0x400u ? small & 0u : normal));
+
+shift-zero-planar: one-pass variance without a shift, channels first
+csrc/cpu/forward.inl test_forward::test_hard_numbers
+- shift[c - begin] = heads[c - begin].total(0) / static_cast<double>(head.count());
++ shift[c - begin] = 0;
+
+shift-zero-channels-last: one-pass variance without a shift, channels last
+csrc/cpu/forward.inl test_forward::test_hard_numbers
+- shift[c] = sums[c] / static_cast<double>(head.count());
++ shift[c] = 0;
+
+overflow-not-noticed: sums that are not finite are taken for the statistics
+csrc/cpu/forward.inl test_forward::test_nonfinite_channel
+- return std::isfinite(squares) ?
++ return true ?
+
+mean-rounded-to-half: the batch's mean is rounded to the input's dtype
+csrc/cpu/forward.inl test_forward::test_hard_numbers_of_half_types
+- mean = moments.mean();
++ mean = to_float(from_float<T>(moments.mean()));
+
+forward-count-batch-only: the variance divides by N instead of N * S
+csrc/cpu/forward.inl test_forward::test_affine
+- math::biased_var(moments.m2, count);
++ math::biased_var(moments.m2, static_cast<double>(p.N));
+
+running-count-batch-only: running_var divides by N - 1 instead of N * S - 1
+csrc/cpu/forward.inl test_running_stats::test_momentum_over_steps
+- math::unbiased_var(moments.m2, count)
++ math::unbiased_var(moments.m2, static_cast<double>(p.N))
+
+running-var-kept: running_var is not updated
+csrc/cpu/forward.inl test_running_stats::test_momentum_over_steps
+- update(p.running_var, math::unbiased_var(moments.m2, count));
++ (void)update;
+
+eval-moves-buffers: evaluation changes running_mean
+csrc/cpu/forward.inl test_running_stats::test_eval_touches_nothing
+-       mean = read(p.running_mean, p.param_dtype, c);
++       mean = read(p.running_mean, p.param_dtype, c);
++       write(p.running_mean, p.param_dtype, c, 0.9 * mean);
+
+half-weight-ignored: weights of a half dtype count as 1
+csrc/cpu/forward.inl test_forward::test_affine
+- factor(1) = p.weight ?
++ factor(1) = p.weight && itemsize(p.param_dtype) > 2 ?
+
+grad-bias-zero: grad_bias is 0
+csrc/cpu/backward.inl test_backward::test_affine
+- write(p.grad_bias, p.param_dtype, c, sum_dy);
++ write(p.grad_bias, p.param_dtype, c, 0);
+
+grad-bias-scaled: grad_bias is multiplied by weight
+csrc/cpu/backward.inl test_backward::test_shapes
+- write(p.grad_bias, p.param_dtype, c, sum_dy);
++ write(p.grad_bias, p.param_dtype, c, sum_dy * weight);
+
+backward-count-batch-only: the backward divides by N instead of N * S
+csrc/cpu/backward.inl test_backward::test_affine
+- static_cast<double>(p.count());
++ static_cast<double>(p.N);
+
+backward-sums-in-half: a chunk's sum of grad_output is rounded to its dtype
+csrc/cpu/backward.inl test_grid::test_cells
+- sum_dy += partial[0];
++ sum_dy += to_float(from_float<T>(partial[0]));
+
+eval-backward-as-training: the backward of evaluation goes through the statistics
+csrc/cpu/backward.inl test_backward::test_affine
+- if (p.training) {
++ if (p.training || p.reduces()) {
+
+tail-elements-dropped: elements past the last whole vector of a plane are not summed
+csrc/cpu/reduce.inl test_forward::test_affine
+- for (int slot = 0; i < count; ++i, ++slot) {
++ for (int slot = 0; i < 0; ++i, ++slot) {
+
+tail-channels-dropped: channels past the last whole vector of a row are not summed
+csrc/cpu/reduce.inl test_forward::test_affine
+-     for (; c < size; ++c)
+-       unrolled<rows>
++     for (; c < 0; ++c)
++       unrolled<rows>
+
+tail-rows-dropped: rows past the last four side by side are not summed
+csrc/cpu/reduce.inl test_forward::test_affine
+- for (; r < end; ++r)
++ for (; r < 0; ++r)
+
+order-of-the-unit: the order of sums depends on the instruction set
+csrc/cpu/reduce.inl test_isa::test_every_unit_gives_the_same_bits
+- kSlots = 8,
++ kSlots = 2 * BNEXT_SUM_LANES,
+
+tail-channels-unwritten: channels past the last whole vector of a row are not written
+csrc/cpu/common.inl test_forward::test_affine
+- for (; c < C; ++c)
++ for (; c < 0; ++c)
+
+planes-cut-short: a last block of a plane that is not whole is left out
+csrc/cpu/tiling.cpp test_backward::test_requires_grad
+- blocks_per_plane = (plane + block_size - 1) / block_size;
++ blocks_per_plane = plane / block_size;
+
+chunks-by-threads: a tensor is cut into as many chunks as there are threads
+csrc/cpu/dispatch.cpp test_threads::test_same_bits
+- const Tiling tiling(p);
++ Tiling tiling(p);
++ tiling.chunks = std::min<int64_t>(tiling.blocks, at::get_num_threads());
+
+pieces-cut-short: of planes cut into pieces the remainder is not written
+csrc/cpu/dispatch.cpp test_threads::test_same_bits
+- plane + p.S * (i + 1) / pieces}
++ plane + p.S / pieces * (i + 1)}
+
+counter-kept: num_batches_tracked is not moved
+csrc/cpu/dispatch.cpp test_running_stats::test_momentum_over_steps
+- ++*p.num_batches_tracked;
+
+counter-moved-twice: num_batches_tracked counts each batch twice
+csrc/cpu/dispatch.cpp test_running_stats::test_momentum_over_steps
+- ++*p.num_batches_tracked;
++ *p.num_batches_tracked += 2;
+
+output-contiguous: the output is contiguous whatever the input is
+csrc/host.h test_forward::test_affine
+- const at::MemoryFormat format = output_format(input);
++ const at::MemoryFormat format = at::MemoryFormat::Contiguous;
+
+counter-version: nobody is told that num_batches_tracked was written
+csrc/host.h test_running_stats::test_version_counters_move_as_torchs_do
+- counter->unsafeGetTensorImpl()->bump_version();
+
+strided-buffers-kept: buffers that are not contiguous are not updated
+csrc/host.h test_running_stats::test_buffers_that_are_strided_views
+- running_var_.write_back(running_var);
+
+mask-ignored: grad_bias is computed where output_mask leaves it out
+csrc/host.h test_ops::test_opcheck_backward
+- if (output_mask[2]) grad_bias
++ grad_bias
+
+written-before-checked: running_var moves before a check refuses the batch
+csrc/host.h test_errors::test_a_refused_batch_is_counted
+-   check::train(
++   if (has(running_var)) running_var->mul_(0.9);
++   check::train(
+
+check-of-sizes: the size of running_mean is not checked
+csrc/checks.h test_errors::test_refused
+- channels("running_mean", running_mean, x, dtype);
+
+check-of-one-value: one value per channel is taken for a batch
+csrc/checks.h test_errors::test_refused
+- TORCH_CHECK_VALUE(count != 1,
++ TORCH_CHECK_VALUE(count != -1,
+
+saved-in-secret: what was saved for the backward can be changed unnoticed
+bnext/function.py test_autograd::test_what_was_saved_may_not_change
+- ctx.save_for_backward(input, weight, mean, invstd)
++ ctx.save_for_backward(input.data, None if weight is None else weight.data, mean, invstd)
+
+mask-of-all: every gradient is computed, wanted or not
+bnext/function.py test_backward::test_requires_grad
+- ops.batch_norm_backward(*arguments, mask)
++ ops.batch_norm_backward(*arguments, (True, True, True))
+
+double-backward-of-constants: the double backward takes the statistics for constants
+bnext/function.py test_autograd::test_second_derivative_is_torchs
+-     if training:
+-         mean, _, invstd
++     if False:
++         mean, _, invstd
+
+double-backward-without-weight: the double backward takes the weight for 1
+bnext/function.py test_autograd::test_second_derivative_is_torchs
+- reference.backward(*wide, mean,
++ reference.backward(*wide[:2], None, mean,
+
+double-backward-counts-twice: a grad_output made of the input is differentiated a second time
+bnext/function.py test_autograd::test_upstream_that_depends_on_the_input
+- t if t is None else t.view_as(t) for t in
++ t for t in
+
+grad-bias-shape: the gradient of a bias that is not [C] has another shape
+bnext/function.py test_backward::test_parameters_of_two_dimensions
+- grad_bias = grad_bias.reshape(ctx.bias_shape)
++ pass
+
+eps-ignored: the function takes its default eps
+bnext/functional.py test_forward::test_eps
+- None, training, momentum, eps)
++ None, training, momentum, 1e-5)
+
+tracking-ignored: a layer moves its buffers whatever track_running_stats says
+bnext/modules.py test_running_stats::test_flipping_states
+- if module.track_running_stats:
++ if True:
+
+refused-not-counted: a batch that is refused is not counted
+bnext/modules.py test_running_stats::test_the_counter_moves_where_the_batch_is_refused
+- counter.add_(1)
++ pass
+
+none-without-counter: momentum=None without a counter is no momentum of 0
+bnext/modules.py test_running_stats::test_momentum_none_without_a_counter
+- momentum = 0.0
++ momentum = 0.1
+
+always-torch: torch's own batch norm runs every time
+bnext/fallbacks.py test_forward::test_no_buffers
+-     return None
++     return "a whim"
+
+never-while-tracing: a trace holds bnext's ops
+bnext/fallbacks.py test_fallbacks::test_trace
+- if torch.jit.is_tracing():
++ if False:
+
+fake-dtype: the fake kernel's statistics are float32 for float64
+bnext/ops.py test_ops::test_meta_agrees_with_the_kernels
+- dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
++ dtype = torch.float32
+
+fake-strides: the fake kernel's output is contiguous
+bnext/ops.py test_ops::test_meta_agrees_with_the_kernels
+- return torch.empty_like(input, memory_format=formats[input.dim()])
++ return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+convert-copies: convert_batchnorm copies the parameters
+bnext/convert.py test_convert::test_same_objects
+- layer.__class__ = classes[type(layer)]
++ layer.__class__ = classes[type(layer)]
++             layer.weight = layer.weight if layer.weight is None else nn.Parameter(layer.weight.detach().clone())
+
+convert-silent: layers that are left as they are are not named
+bnext/convert.py test_convert::test_others_are_left_alone_and_named
+- if skipped:
++ if False:
+"""
+
+MUTATIONS = [_parse(block) for block in _TABLE.strip().split("\n\n")]

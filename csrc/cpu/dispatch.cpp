@@ -86,9 +86,9 @@ void run(const Params& p, bool reduces, bool applies, const Steps<Params>& steps
 struct Backend {
   static void forward(const ForwardParams& p) {
     if (p.training && p.num_batches_tracked) {
-      TORCH_CHECK_VALUE(!p.cumulative || *p.num_batches_tracked != -1,
-                        "expected num_batches_tracked not to be 0 after this batch: momentum=None divides by it");
       ++*p.num_batches_tracked;
+      TORCH_CHECK_VALUE(!p.cumulative || *p.num_batches_tracked != 0,
+                        "expected num_batches_tracked not to be 0 after this batch: momentum=None divides by it");
     }
     run(p, p.training, true, kernels(p.dtype).forward);
   }

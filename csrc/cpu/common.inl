@@ -65,20 +65,15 @@ void map_run(const C* factors, int64_t c, int64_t begin, int64_t end, F f, T* ou
   for (; i < end; ++i) out[i] = from_float<T>(f(factor, to_float(in[i])...));
 }
 
-// The same for `count` rows of C channels side by side, so that factors are loaded once for all of them. As for
-// RowSums, the memory ahead is then asked for in its own order. All loads come before the stores: rows that are a
-// multiple of 4 KB apart would otherwise wait for one another.
+// The same for `count` rows of C channels side by side, so that factors are loaded once for all of them. All loads come
+// before the stores: rows that are a multiple of 4 KB apart would otherwise wait for one another.
 template <class A, int factor_count, int count, class F, class T, class... In>
 void map_rows(const A* factors, int64_t C, F f, T* out, const In*... in) {
-  constexpr int kLanes = lanes<A>, kAhead = 4096 / sizeof(A);
+  constexpr int kLanes = lanes<A>;
   int64_t c = 0;
   for (; c + kLanes <= C; c += kLanes) {
     Vec<A, kLanes> factor[factor_count], result[count];
     unrolled<factor_count>([&](auto j) { factor[j] = load<A, kLanes>(factors + c * factor_count + j * kLanes); });
-    if (count > 1 && C * static_cast<int64_t>(sizeof(T)) <= 4096) {
-      (prefetch<count * kLanes>(in + kAhead + count * c), ...);
-      prefetch<count * kLanes, true>(out + kAhead + count * c);
-    }
     unrolled<count>([&](auto r) { result[r] = f(factor, load<A, kLanes>(in + r * C + c)...); });
     unrolled<count>([&](auto r) { store(out + r * C + c, result[r]); });
   }
@@ -105,9 +100,7 @@ void map(const Problem& p, const Scratch& scratch, Range channels, Range values,
   constexpr int kRows = 4;
   const int64_t row_bytes = p.C * static_cast<int64_t>(sizeof(T));
   int64_t row = values.begin;
-  // Where rows of some length share a page, or where a row's factors alone fill the nearest cache; in between, one by
-  // one is faster.
-  if ((row_bytes > 256 && row_bytes <= 1024) || row_bytes >= 8192)
+  if (row_bytes >= 8192)  // a row's factors alone fill the nearest cache
     for (; row + kRows <= values.end; row += kRows)
       map_rows<A, factor_count, kRows>(factors, p.C, f, out + row * p.C, in + row * p.C...);
   for (; row < values.end; ++row) map_rows<A, factor_count, 1>(factors, p.C, f, out + row * p.C, in + row * p.C...);

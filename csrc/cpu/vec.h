@@ -68,10 +68,10 @@ inline void unrolled(F f) {
 }
 
 // Asks for the cache lines of `count` elements at p; an address that is not there is no error.
-template <int count, bool write = false, class T>
+template <int count, class T>
 inline void prefetch(const T* p) {
   constexpr int kLines = (count * sizeof(T) + 63) / 64;
-  unrolled<kLines>([&](auto i) { __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * i, write); });
+  unrolled<kLines>([&](auto i) { __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * i); });
 }
 
 }  // namespace bnext::cpu::BNEXT_ISA

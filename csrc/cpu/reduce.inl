@@ -50,7 +50,7 @@ class RunSums {
 // Sums over rows of C channels, one for each channel: what f adds to sum[t] for each row's element c goes, row by row,
 // into sums[t * C + c], by way of short sums of 64 rows. f also gets channel[c], a value that all rows share. Rows are
 // taken four side by side (two, of two tensors), so that sums are seldom loaded; a prefetcher loses its way between
-// them, so the memory ahead is asked for in its own order.
+// them, so the memory ahead is asked for in its own order; where a row has several tiles, in the next rows.
 template <class T, int terms>
 class RowSums {
   static constexpr int kLanes = BNEXT_SUM_LANES, kTile = 1024;  // channels at a time
@@ -81,7 +81,11 @@ class RowSums {
     std::int64_t c = 0;
     for (; c + kLanes <= size; c += kLanes) {
       double* tile = tile_ + c * terms;
-      if (size <= kAhead) (prefetch<rows * kLanes>(p + kAhead + rows * c), ...);
+      if (C_ <= kTile) {
+        (prefetch<rows * kLanes>(p + kAhead + rows * c), ...);
+      } else {
+        unrolled<rows>([&](auto r) { (prefetch<kLanes>(p + (rows + r) * C_ + c), ...); });
+      }
       Vec<double, kLanes> sum[terms];
       const auto shared = load<double, kLanes>(channel + c);
       unrolled<terms>([&](auto t) { sum[t] = load<double, kLanes>(tile + t * kLanes); });

@@ -124,17 +124,22 @@ def exact(input: Tensor, **arguments: Any) -> tuple[Results, dict[str, float]]:
         mean, invstd = running[0], (running[1] + eps).rsqrt()
     output = reference.normalize(x, weight, a.get("bias"), mean, invstd)
     slope = invstd if weight is None else weight * invstd
-    terms = {"output": mean * slope}  # the saved mean is rounded
+    without_bias = reference.normalize(x, weight, None, mean, invstd)
+    terms = {"output": [mean * slope, without_bias]}  # the saved mean is rounded
     grads = [None] * 3
     if dy is not None:
         present = (True, weight is not None, a.get("bias") is not None)
         found = reference.backward(dy, x, weight, mean, invstd, training)
         grads = [g if p and r else None for g, p, r in zip(found, present, a.get("requires", ALL), strict=True)]
-        terms["grad_weight"] = mean * invstd * found[2]
-        terms["grad_input"] = slope.abs() * dy.abs().max()
-        if input.dtype == torch.float64:  # the oracle's own mean is rounded, and torch's in the same way
-            terms["grad_input"] = terms["grad_input"] * (1 + (mean * invstd).abs())
-    sizes = {name: t.abs().max().item() for name, t in terms.items() if t.numel()}
+        terms["grad_weight"] = [mean * invstd * found[2]]
+        terms["grad_input"] = [slope.abs() * dy.abs().max()]
+        if input.dtype == torch.float64:
+            # The oracle's own mean is rounded, and torch's in the same way; so are the oracle's sums.
+            terms["grad_input"] += [terms["grad_input"][0] * (mean * invstd)]
+            normalized = reference.normalize(x, None, None, mean, invstd)
+            terms["grad_weight"] += [(dy * normalized).square().sum().sqrt()]
+            terms["grad_bias"] = [dy.square().sum().sqrt()]
+    sizes = {name: max(t.abs().max().item() for t in ts if t.numel()) for name, ts in terms.items() if x.numel()}
     return dict(zip(OUTPUTS, (output, *running, *grads), strict=True)), sizes
 
 

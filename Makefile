@@ -18,7 +18,7 @@ $(VENV)/.installed: requirements-dev.txt
 test: build
 	$(PYTHON) -m pytest -q
 
-# Every cell of the grid, every mutation of the sources: about an hour.
+# Every cell of the grid, every mutation of the sources.
 test-all: build
 	$(PYTHON) -m pytest -q --all
 

@@ -124,8 +124,11 @@ def exact(input: Tensor, **arguments: Any) -> tuple[Results, dict[str, float]]:
         mean, invstd = running[0], (running[1] + eps).rsqrt()
     output = reference.normalize(x, weight, a.get("bias"), mean, invstd)
     slope = invstd if weight is None else weight * invstd
+    before = (a.get("running_mean"), mean)
     without_bias = reference.normalize(x, weight, None, mean, invstd)
     terms = {"output": [mean * slope, without_bias]}  # the saved mean is rounded
+    if input.dtype == torch.float64 and before[0] is not None:
+        terms["running_mean"] = [*before]
     grads = [None] * 3
     if dy is not None:
         present = (True, weight is not None, a.get("bias") is not None)

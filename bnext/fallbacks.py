@@ -32,8 +32,9 @@ def needs_torch(*tensors: Tensor | None) -> str | None:
 
 def overrides_torch(input: object) -> bool:
     """Whether the class of input has a __torch_function__ of its own."""
-    own = getattr(type(input), "__torch_function__", Tensor.__torch_function__)
-    return own not in (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
+    own = getattr(type(input), "__torch_function__", torch._C._disabled_torch_function_impl)
+    inherited = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+    return getattr(own, "__func__", own) not in inherited
 
 
 def backward_needs_formula(*tensors: Tensor | None) -> bool:

@@ -196,6 +196,16 @@ def test_the_function_scripts(training):
     torch.testing.assert_close(found, expected)
 
 
+def test_a_class_that_waits_for_nothing():
+    class Marked(torch.Tensor):
+        pass
+
+    ours, _, x = pair()
+    with bnext_ops("train"):
+        y = ours(x.as_subclass(Marked))
+    assert y.shape == x.shape
+
+
 def test_a_class_that_waits_for_torchs_names():
     seen = []
 

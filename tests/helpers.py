@@ -249,6 +249,21 @@ def layers(channels: int = 5, dim: int = 2, **keywords: Any) -> tuple[torch.nn.M
     return ours, theirs
 
 
+def norms(model: torch.nn.Module) -> list[torch.nn.BatchNorm2d]:
+    return [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+
+def bring_into_use(ours: torch.nn.Module, theirs: torch.nn.Module, batches: list[Tensor]) -> None:
+    """Both models in the state of torch's after these batches, with batch norm parameters that are not initial."""
+    for x in batches:
+        theirs(x)
+    with torch.no_grad():
+        for norm in norms(theirs):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_()
+    ours.load_state_dict(theirs.state_dict())
+
+
 def assert_same_state(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
     """Equal keys and values of the state dicts, up to the last bits."""
     assert list(ours.state_dict()) == list(theirs.state_dict())

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import by_layout, in_layout, layers, modules, values
+from helpers import bring_into_use, by_layout, in_layout, layers, modules, norms, values
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
@@ -23,10 +23,6 @@ def network(norm):
     return nn.Sequential(backbone, nn.Flatten(), nn.Linear(64, 3)).double()
 
 
-def norms(model):
-    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-
-
 def batches(n):
     return [values((6, 3, 8, 8), torch.float64) for _ in range(n)]
 
@@ -34,13 +30,7 @@ def batches(n):
 def networks():
     """The subject's and torch's in the same state, after two batches and with parameters of their own."""
     ours, theirs = (network(cls) for cls in modules())
-    for x in batches(2):
-        theirs(x)
-    with torch.no_grad():
-        for norm in norms(theirs):
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_()
-    ours.load_state_dict(theirs.state_dict())
+    bring_into_use(ours, theirs, batches(2))
     return ours, theirs
 
 

@@ -7,7 +7,18 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import HALF, assert_same_state, bnext_ops, by_mode, float_id, modules, torch_ops, values
+from helpers import (
+    HALF,
+    assert_same_state,
+    bnext_ops,
+    bring_into_use,
+    by_mode,
+    float_id,
+    modules,
+    norms,
+    torch_ops,
+    values,
+)
 from torch import nn
 from torch.testing import assert_close
 
@@ -27,10 +38,6 @@ def network(norm):
     )
 
 
-def norms(model):
-    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-
-
 def batch(dtype=torch.float32, n=6):
     return values((n, 3, 8, 8), dtype)
 
@@ -38,12 +45,7 @@ def batch(dtype=torch.float32, n=6):
 def networks(dtype=torch.float32):
     """The subject's and torch's, in the same state, which is not the initial one."""
     ours, theirs = (network(cls).to(dtype) for cls in modules())
-    theirs(batch(dtype))
-    with torch.no_grad():
-        for norm in norms(theirs):
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_()
-    ours.load_state_dict(theirs.state_dict())
+    bring_into_use(ours, theirs, [batch(dtype)])
     return ours, theirs
 
 

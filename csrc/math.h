@@ -1,106 +1,138 @@
 // Every formula of batch normalisation, once. V is a scalar or a vector of lanes; P is V, or a scalar that is
-// the same for all lanes. BNEXT_ISA is the namespace of the including unit: what each compiles for its instruction set
-// must not be merged by the linker.
+// the same for all lanes; A is the type that statistics have. BNEXT_ISA is the namespace of the including unit: what
+// each compiles for its instruction set must not be merged by the linker.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
+#include "device.h"
+
 namespace bnext::inline BNEXT_ISA::math {
+
+// a * b + c: on a GPU rounded once, so that forward and backward agree whatever the compiler does around it; on the CPU
+// rounded twice, as every instruction set can.
+template <class V, class P, class Q>
+BNEXT_DEVICE inline V multiply_add(V a, P b, Q c) {
+  if constexpr (BNEXT_FUSED) {
+    return std::fma(a, b, c);
+  } else {
+    return a * b + c;
+  }
+}
 
 // Mean and m2 = sum((x - mean)^2) of some values. The mean is kept in two parts, so that differences of means do not
 // suffer from a large common one.
+template <class A>
 struct Moments {
-  double origin, offset, m2;
-  double mean() const { return origin + offset; }
+  A origin, offset, m2;
+  BNEXT_DEVICE A mean() const { return origin + offset; }
 };
 
 // sum[0] += x - shift, sum[1] += (x - shift)^2.
 template <class V, class P>
-inline void add_shifted(V* sum, V x, P shift) {
+BNEXT_DEVICE inline void add_shifted(V* sum, V x, P shift) {
   const V d = x - shift;
   sum[0] += d;
-  sum[1] += d * d;
+  sum[1] = multiply_add(d, d, sum[1]);
 }
 
-// From sum(x - shift) and sum((x - shift)^2), for a shift that is the mean of a share of the values: by Cauchy-Schwarz
-// the second sum is then at most (1 + 1 / share) * m2, so little cancels.
-inline Moments unshift(double shift, double sum, double squares, double count) {
-  const double m2 = squares - sum * sum / count;
-  return {shift, sum / count, m2 < 0 ? 0 : m2};
+// Welford (1962), for k values at once: takes values with sums sum(x - origin) and sum((x - origin)^2) about a's own
+// origin into a, the moments of n values; inverse = 1 / (n + k). If the origin is the mean of a share of all n + k
+// values, the second sum is by Cauchy-Schwarz at most (1 + 1 / share) * m2, so little cancels.
+template <class A>
+BNEXT_DEVICE inline void welford_push(Moments<A>& a, A n, const A* sum, A inverse) {
+  const A total = sum[0] + n * a.offset, offset = total * inverse;
+  const A m2 = a.m2 + (n * a.offset * a.offset + (sum[1] - total * offset));
+  a.offset = offset;
+  a.m2 = m2 < 0 ? 0 : m2;
+}
+
+// Moves the origin to the mean; what rounding takes from the sum of the two parts stays in the offset.
+template <class A>
+BNEXT_DEVICE inline void recenter(Moments<A>& a) {
+  const A mean = a.mean(), moved = mean - a.origin;
+  a.offset = (a.origin - (mean - moved)) + (a.offset - moved);
+  a.origin = mean;
 }
 
 // Chan, Golub & LeVeque (1979): takes n_b values with moments b into a, the moments of n_a values.
 // Infinite means add up as they would in a sum: their difference would make a NaN of an infinity.
-inline void chan_combine(Moments& a, double n_a, const Moments& b, double n_b) {
+template <class A>
+BNEXT_DEVICE inline void chan_combine(Moments<A>& a, A n_a, const Moments<A>& b, A n_b) {
+  if (n_b == 0) return;
   if (n_a == 0) {
     a = b;
     return;
   }
-  const double share = n_b / (n_a + n_b);
-  const double delta = (b.origin - a.origin) + (b.offset - a.offset);
+  const A share = n_b / (n_a + n_b);
+  const A delta = (b.origin - a.origin) + (b.offset - a.offset);
   a.offset = std::isfinite(delta) ? a.offset + delta * share : a.mean() + b.mean();
   a.m2 = a.m2 + b.m2 + delta * delta * (share * n_a);
 }
 
 // The variance that normalises divides by n; the one kept in running_var by n - 1 (torch.nn.BatchNorm2d).
-inline double biased_var(double m2, double n) {
+template <class A>
+BNEXT_DEVICE inline A biased_var(A m2, A n) {
   return m2 / n;
 }
-inline double unbiased_var(double m2, double n) {
+template <class A>
+BNEXT_DEVICE inline A unbiased_var(A m2, A n) {
   return m2 / (n - 1);
 }
 
-inline double invstd(double var, double eps) {
+template <class A>
+BNEXT_DEVICE inline A invstd(A var, A eps) {
   return 1 / std::sqrt(var + eps);
 }
 
 // Weight of the newest batch in the running statistics; momentum=None asks for the cumulative average.
-inline double average_factor(bool cumulative, double momentum, std::int64_t num_batches_tracked) {
+BNEXT_DEVICE inline double average_factor(bool cumulative, double momentum, std::int64_t num_batches_tracked) {
   return cumulative ? 1 / static_cast<double>(num_batches_tracked) : momentum;
 }
 
-inline double update_running(double running, double batch, double factor) {
+template <class A>
+BNEXT_DEVICE inline A update_running(A running, A batch, A factor) {
   return (1 - factor) * running + factor * batch;
 }
 
 // y = (x - mean) * (weight * invstd) + bias. Never x * scale + shift: the folded shift loses a large mean.
 template <class V, class P>
-inline V normalize(V x, P mean, P scale, P bias) {
-  return (x - mean) * scale + bias;
+BNEXT_DEVICE inline V normalize(V x, P mean, P scale, P bias) {
+  return multiply_add(x - mean, scale, bias);
 }
 
 // sum[0] += dy, sum[1] += dy * (x - mean): what every gradient of a channel is made of.
 template <class V, class P>
-inline void add_products(V* sum, V dy, V x, P mean) {
+BNEXT_DEVICE inline void add_products(V* sum, V dy, V x, P mean) {
   sum[0] += dy;
-  sum[1] += dy * (x - mean);
+  sum[1] = multiply_add(dy, x - mean, sum[1]);
 }
 
 // Gradient through the batch's own statistics (Ioffe & Szegedy 2015, section 3), with
 //   scale = weight * invstd, grad_mean = mean(dy), projection = mean(dy * (x - mean)) * invstd^2.
-inline double projection(double sum_dy_xmu, double invstd, double count) {
+BNEXT_DEVICE inline double projection(double sum_dy_xmu, double invstd, double count) {
   return sum_dy_xmu / count * invstd * invstd;
 }
 template <class V, class P>
-inline V grad_input_train(V dy, V x, P mean, P scale, P grad_mean, P projection) {
-  return (dy - grad_mean - (x - mean) * projection) * scale;
+BNEXT_DEVICE inline V grad_input_train(V dy, V x, P mean, P scale, P grad_mean, P projection) {
+  return multiply_add(mean - x, projection, dy - grad_mean) * scale;
 }
 
-inline double grad_weight(double sum_dy_xmu, double invstd) {
+BNEXT_DEVICE inline double grad_weight(double sum_dy_xmu, double invstd) {
   return sum_dy_xmu * invstd;
 }
 
 // Gradient when mean and invstd are constants.
 template <class V, class P>
-inline V grad_input_eval(V dy, P scale) {
+BNEXT_DEVICE inline V grad_input_eval(V dy, P scale) {
   return dy * scale;
 }
 
 // What follows the normalisation, chosen at compile time.
 struct Identity {
   template <class V>
-  static V forward(V y) {
+  BNEXT_DEVICE static V forward(V y) {
     return y;
   }
 };

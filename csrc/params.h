@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "device.h"
+
 namespace bnext {
 
 enum class DType : std::int32_t { float64, float32, bfloat16, float16 };
@@ -23,7 +25,7 @@ struct Problem {
   DType dtype;        // of the tensors [N, C, S]
   DType param_dtype;  // of weight, bias, their gradients and the running buffers
 
-  std::int64_t count() const { return N * S; }  // values per channel
+  BNEXT_DEVICE std::int64_t count() const { return N * S; }  // values per channel
 };
 
 struct ForwardParams : Problem {
@@ -54,7 +56,7 @@ struct BackwardParams : Problem {
   bool training;            // mean and invstd depend on the input
 
   // Whether the sums over a channel are needed.
-  bool reduces() const { return grad_weight || grad_bias || (training && grad_input); }
+  BNEXT_DEVICE bool reduces() const { return grad_weight || grad_bias || (training && grad_input); }
 };
 
 }  // namespace bnext

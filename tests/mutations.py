@@ -28,7 +28,7 @@ class Mutation:
         return any("test_isa" in test for test in self.tests)
 
 
-def _parse(block: str) -> Mutation:
+def parse(block: str) -> Mutation:
     head, where, *change = block.splitlines()
     name, what = head.split(": ", 1)
     file, *tests = where.split()
@@ -46,9 +46,9 @@ csrc/math.h test_running_stats::test_unbiased_variance_of_two_values
 
 variance-unbiased: the unbiased variance normalises
 csrc/math.h test_forward::test_affine
-- inline double biased_var(double m2, double n) {
+- inline A biased_var(A m2, A n) {
 -   return m2 / n;
-+ inline double biased_var(double m2, double n) {
++ inline A biased_var(A m2, A n) {
 +   return m2 / (n - 1);
 
 eps-outside-root: eps is added to the standard deviation
@@ -58,8 +58,8 @@ csrc/math.h test_forward::test_eps
 
 folded-shift: x * scale + shift instead of (x - mean) * scale + bias
 csrc/math.h test_forward::test_hard_numbers
-- return (x - mean) * scale + bias;
-+ return x * scale + (bias - mean * scale);
+- return multiply_add(x - mean, scale, bias);
++ return multiply_add(x, scale, bias - mean * scale);
 
 momentum-inverted: momentum weighs the old statistics
 csrc/math.h test_running_stats::test_momentum_over_steps
@@ -93,12 +93,12 @@ csrc/math.h test_backward::test_affine
 
 grad-input-without-mean: grad_input lacks the term of the mean
 csrc/math.h test_backward::test_affine
-- return (dy - grad_mean - (x - mean) * projection) * scale;
-+ return (dy - (x - mean) * projection) * scale;
+- return multiply_add(mean - x, projection, dy - grad_mean) * scale;
++ return multiply_add(mean - x, projection, dy) * scale;
 
 grad-input-without-projection: grad_input lacks the term of the variance
 csrc/math.h test_backward::test_affine
-- return (dy - grad_mean - (x - mean) * projection) * scale;
+- return multiply_add(mean - x, projection, dy - grad_mean) * scale;
 + return (dy - grad_mean) * scale;
 
 projection-one-invstd: the term of the variance has invstd once, not squared
@@ -138,8 +138,8 @@ csrc/cpu/forward.inl test_forward::test_hard_numbers
 
 overflow-not-noticed: sums that are not finite are taken for the statistics
 csrc/cpu/forward.inl test_forward::test_nonfinite_channel
-- return std::isfinite(squares) ?
-+ return true ?
+- if (!std::isfinite(squares)) return
++ if (false) return
 
 mean-rounded-to-half: the batch's mean is rounded to the input's dtype
 csrc/cpu/forward.inl test_forward::test_hard_numbers_of_half_types
@@ -163,8 +163,8 @@ csrc/cpu/forward.inl test_running_stats::test_momentum_over_steps
 
 eval-moves-buffers: evaluation changes running_mean
 csrc/cpu/forward.inl test_running_stats::test_eval_touches_nothing
--       mean = read(p.running_mean, p.param_dtype, c);
-+       mean = read(p.running_mean, p.param_dtype, c);
+-       mean = read<double>(p.running_mean, p.param_dtype, c);
++       mean = read<double>(p.running_mean, p.param_dtype, c);
 +       write(p.running_mean, p.param_dtype, c, 0.9 * mean);
 
 half-weight-ignored: weights of a half dtype count as 1
@@ -366,4 +366,4 @@ bnext/convert.py test_convert::test_others_are_left_alone_and_named
 + if False:
 """
 
-MUTATIONS = [_parse(block) for block in _TABLE.strip().split("\n\n")]
+MUTATIONS = [parse(block) for block in _TABLE.strip().split("\n\n")]

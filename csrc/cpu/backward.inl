@@ -51,7 +51,8 @@ template <class T>
 void backward_finish(const BackwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels) {
   using C = Compute<T>;
   for (int64_t c = channels.begin; c < channels.end; ++c) {
-    const double invstd = static_cast<const C*>(p.invstd)[c], weight = p.weight ? read(p.weight, p.param_dtype, c) : 1;
+    const double invstd = static_cast<const C*>(p.invstd)[c],
+                 weight = p.weight ? read<double>(p.weight, p.param_dtype, c) : 1;
     const auto factor = [&](int64_t j) -> C& {
       return static_cast<C*>(scratch.factors)[factor_at<C, kBackwardFactors>(j, c)];
     };

@@ -12,27 +12,6 @@ using std::int64_t;
 
 constexpr int kGroup = 64;  // channels whose sums are kept at once (planar)
 
-template <class F>
-auto with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::float64:
-      return f(double{});
-    case DType::float32:
-      return f(float{});
-    case DType::bfloat16:
-      return f(BFloat16{});
-    default:
-      return f(Float16{});
-  }
-}
-
-double read(const void* p, DType dtype, int64_t i) {
-  return with_type(dtype, [&](auto t) -> double { return to_float(static_cast<const decltype(t)*>(p)[i]); });
-}
-void write(void* p, DType dtype, int64_t i, double value) {
-  with_type(dtype, [&](auto t) { static_cast<decltype(t)*>(p)[i] = from_float<decltype(t)>(value); });
-}
-
 // Where factor j of channel c lies in Scratch::factors: a vector of each factor in turn, which an elementwise
 // pass over rows reads as one stream.
 template <class C, int factor_count>

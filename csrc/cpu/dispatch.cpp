@@ -84,7 +84,7 @@ void run(const Params& p, bool reduces, bool applies, const Steps<Params>& steps
 }
 
 struct Backend {
-  static void forward(const ForwardParams& p) {
+  static void forward(const ForwardParams& p, const at::Tensor&) {
     if (p.training && p.num_batches_tracked) {
       ++*p.num_batches_tracked;
       TORCH_CHECK_VALUE(!p.cumulative || *p.num_batches_tracked != 0,
@@ -92,7 +92,7 @@ struct Backend {
     }
     run(p, p.training, true, kernels(p.dtype).forward);
   }
-  static void backward(const BackwardParams& p) {
+  static void backward(const BackwardParams& p, const at::Tensor&) {
     run(p, p.reduces(), p.grad_input != nullptr, kernels(p.dtype).backward);
   }
 };

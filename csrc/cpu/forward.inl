@@ -13,13 +13,15 @@
 namespace bnext::cpu::BNEXT_ISA {
 namespace {
 
+using Moments = math::Moments<double>;
+
 constexpr int kForwardFactors = 3;  // mean, scale, bias
 
 // scratch.partials is [chunks, 3, C]: Moments, part by part.
-math::Moments get_moments(const double* partial, int64_t C) {
+Moments get_moments(const double* partial, int64_t C) {
   return {partial[0], partial[C], partial[2 * C]};
 }
-void put_moments(double* partial, int64_t C, const math::Moments& m) {
+void put_moments(double* partial, int64_t C, const Moments& m) {
   partial[0] = m.origin;
   partial[C] = m.offset;
   partial[2 * C] = m.m2;
@@ -28,7 +30,7 @@ void put_moments(double* partial, int64_t C, const math::Moments& m) {
 // Moments of one channel of a block in double, two passes: for values whose shifted sums overflow (an infinity, a NaN,
 // a square beyond float64).
 template <class T>
-math::Moments wide_moments(const ForwardParams& p, const Tiling::Block& block, int64_t c) {
+Moments wide_moments(const ForwardParams& p, const Tiling::Block& block, int64_t c) {
   const T* x = static_cast<const T*>(p.input);
   const bool planar = p.layout == Layout::planar;
   const auto each = [&](auto f) {
@@ -45,10 +47,13 @@ math::Moments wide_moments(const ForwardParams& p, const Tiling::Block& block, i
 
 // A block's moments from its shifted sums, unless those have overflowed.
 template <class T>
-math::Moments block_moments(const ForwardParams& p, const Tiling::Block& block, int64_t c, double shift, double sum,
-                            double squares) {
-  return std::isfinite(squares) ? math::unshift(shift, sum, squares, static_cast<double>(block.count()))
-                                : wide_moments<T>(p, block, c);
+Moments block_moments(const ForwardParams& p, const Tiling::Block& block, int64_t c, double shift, double sum,
+                      double squares) {
+  if (!std::isfinite(squares)) return wide_moments<T>(p, block, c);
+  const double sums[2] = {sum, squares};
+  Moments moments{shift, 0, 0};
+  math::welford_push(moments, 0.0, sums, 1 / static_cast<double>(block.count()));
+  return moments;
 }
 
 // The part of a block that its shift is the mean of: all of it in float64; of narrower types a 64th, at least one
@@ -70,7 +75,7 @@ void forward_reduce_planar(const ForwardParams& p, const Tiling& tiling, const S
                            Range chunks) {
   const T* x = static_cast<const T*>(p.input);
   for_groups(channels, chunks, [&](int64_t begin, int64_t end, int64_t k) {
-    math::Moments moments[kGroup];
+    Moments moments[kGroup];
     double count = 0;
     double shift[kGroup];
     for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
@@ -118,7 +123,7 @@ void forward_reduce_channels_last(const ForwardParams& p, const Tiling& tiling, 
       const auto f = [](auto* s, auto shift, auto v) { math::add_shifted(s, v, shift); };
       both.add(sums, block.count(), f, shift, x);
       for (int64_t c = 0; c < C; ++c) {
-        math::Moments moments = get_moments(partial + c, C);
+        Moments moments = get_moments(partial + c, C);
         const auto block_stats = block_moments<T>(p, block, c, shift[c], sums[c], sums[C + c]);
         math::chan_combine(moments, count, block_stats, static_cast<double>(block.count()));
         put_moments(partial + c, C, moments);
@@ -141,7 +146,7 @@ void forward_finish(const ForwardParams& p, const Tiling& tiling, const Scratch&
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     double mean = 0, var = 0;
     if (p.training) {
-      math::Moments moments{};
+      Moments moments{};
       double count = 0;
       for (int64_t k = 0; k < tiling.chunks; ++k) {
         const double n = static_cast<double>(tiling.chunk_count(k));
@@ -154,15 +159,15 @@ void forward_finish(const ForwardParams& p, const Tiling& tiling, const Scratch&
         const double factor =
             math::average_factor(p.cumulative, p.momentum, p.num_batches_tracked ? *p.num_batches_tracked : 0);
         const auto update = [&](void* running, double batch) {
-          const double old = read(running, p.param_dtype, c);
+          const double old = read<double>(running, p.param_dtype, c);
           write(running, p.param_dtype, c, math::update_running(old, batch, factor));
         };
         update(p.running_mean, mean);
         update(p.running_var, math::unbiased_var(moments.m2, count));
       }
     } else {
-      mean = read(p.running_mean, p.param_dtype, c);
-      var = read(p.running_var, p.param_dtype, c);
+      mean = read<double>(p.running_mean, p.param_dtype, c);
+      var = read<double>(p.running_var, p.param_dtype, c);
     }
     const C saved_mean = static_cast<C>(mean), saved_invstd = static_cast<C>(math::invstd(var, p.eps));
     static_cast<C*>(p.mean)[c] = saved_mean;
@@ -171,8 +176,8 @@ void forward_finish(const ForwardParams& p, const Tiling& tiling, const Scratch&
       return static_cast<C*>(scratch.factors)[factor_at<C, kForwardFactors>(j, c)];
     };
     factor(0) = saved_mean;
-    factor(1) = p.weight ? static_cast<C>(read(p.weight, p.param_dtype, c)) * saved_invstd : saved_invstd;
-    factor(2) = p.bias ? static_cast<C>(read(p.bias, p.param_dtype, c)) : C(0);
+    factor(1) = p.weight ? static_cast<C>(read<double>(p.weight, p.param_dtype, c)) * saved_invstd : saved_invstd;
+    factor(2) = p.bias ? static_cast<C>(read<double>(p.bias, p.param_dtype, c)) : C(0);
   }
 }
 

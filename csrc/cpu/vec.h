@@ -11,10 +11,6 @@
 
 namespace bnext::cpu::BNEXT_ISA {
 
-// Compute type of the elementwise passes; that of the saved mean and invstd. Sums are in double.
-template <class T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 template <class T, int count>
 struct VecOf {
   typedef T type __attribute__((vector_size(count * sizeof(T))));
@@ -51,7 +47,7 @@ inline void store(T* p, V v) {
     const auto bits = __builtin_convertvector(T::template narrow<U>(v), Vec<std::uint16_t, kCount>);
     std::memcpy(p, &bits, sizeof(bits));
   } else {
-    static_assert(std::is_same_v<T, std::remove_cvref_t<decltype(v[0])>>);
+    static_assert(std::is_same_v<T, std::remove_cv_t<std::remove_reference_t<decltype(v[0])>>>);
     std::memcpy(p, &v, sizeof(v));
   }
 }

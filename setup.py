@@ -1,40 +1,77 @@
 """Builds bnext._C against the installed torch. Which files are compiled decides what is built.
 
-BNEXT_FORCE_CPU=1 leaves csrc/cuda out; BNEXT_FORCE_CUDA=1 takes it in where torch or nvcc would not.
+CUDA kernels are built where torch was built for CUDA and nvcc is there; BNEXT_FORCE_CUDA=1 builds them wherever nvcc
+is, BNEXT_FORCE_CPU=1 leaves them out. TORCH_CUDA_ARCH_LIST names the architectures; without it, those of the GPUs at
+hand, or, where there is none, ARCHS.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, get_cxx_compiler
+    from torch.utils import cpp_extension
 except ImportError:
     sys.exit("bnext is built against your torch: pip install torch, then pip install --no-build-isolation .")
 
+ARCHS = "8.0;9.0;10.0;12.0+PTX"
 
-class Build(BuildExtension):
+
+class Build(cpp_extension.BuildExtension):
     def build_extensions(self) -> None:
-        compiler = get_cxx_compiler()
+        compiler = cpp_extension.get_cxx_compiler()
         if shutil.which(compiler) is None:
             sys.exit(f"bnext needs a C++ compiler and {compiler!r} is not there: apt-get install g++, or set CXX.")
         super().build_extensions()
 
 
-def sources() -> list[str]:
-    """The CPU sources, and the CUDA ones where they can be built or are asked for."""
+def toolkit() -> Path | None:
+    """The CUDA toolkit's folder: CUDA_HOME, or where the nvcc on PATH says it is, which may be a wrapper script."""
+    if home := os.environ.get("CUDA_HOME"):
+        return Path(home)
+    if nvcc := shutil.which("nvcc"):
+        dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        if top := re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE):
+            return Path(top[1]).resolve()
+    return Path(cpp_extension.CUDA_HOME) if cpp_extension.CUDA_HOME else None
+
+
+def fault(home: Path | None) -> str | None:
+    """Why this toolkit cannot build CUDA kernels for this torch, or None if it can."""
+    if home is None:
+        return "there is no nvcc on PATH and CUDA_HOME is not set"
+    header = home / "include" / "cuda.h"
+    version = re.search(r"#define CUDA_VERSION (\d+)", header.read_text()) if header.exists() else None
+    if version is None:
+        return f"{home} has no CUDA headers"
+    major, torchs = int(version[1]) // 1000, torch.version.cuda
+    if torchs and int(torchs.split(".")[0]) != major:
+        return f"{home} is CUDA {major}, and torch was built for CUDA {torchs}"
+    return None
+
+
+def cuda() -> Path | None:
+    """The toolkit that CUDA kernels are to be built with, or None for a build without them."""
     force_cpu, force_cuda = (os.environ.get(f"BNEXT_FORCE_{name}") == "1" for name in ("CPU", "CUDA"))
     if force_cpu and force_cuda:
         sys.exit("BNEXT_FORCE_CPU=1 and BNEXT_FORCE_CUDA=1 exclude each other: unset one.")
-    cuda = glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu")
-    if force_cuda and not cuda:
-        sys.exit("BNEXT_FORCE_CUDA=1: this version of bnext has no CUDA kernels; unset it to build for the CPU.")
-    wanted = force_cuda or (not force_cpu and torch.version.cuda is not None and CUDA_HOME is not None)
-    return sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + (cuda if wanted else []))
+    if force_cpu or not (force_cuda or torch.version.cuda):
+        return None
+    home = toolkit()
+    found = fault(home)
+    if found:
+        if force_cuda:
+            sys.exit(f"BNEXT_FORCE_CUDA=1 needs a CUDA toolkit: {found}.")
+        print(f"bnext: building without CUDA kernels: {found}.", file=sys.stderr)
+        return None
+    return home
 
 
 flags = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
@@ -45,13 +82,35 @@ flags += [
 if sys.platform == "linux":
     flags.append("-fopenmp")  # at::parallel_for is serial without; torch brings the runtime, so nothing to link
 
+sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
+archs = ""
+links: dict[str, list[str]] = {}
+if home := cuda():
+    sources += glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu")
+    cpp_extension.CUDA_HOME = str(home)
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHS
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "native"
+    # The CUDA runtime is linked in, so that the extension loads whatever CUDA torch has, or has not.
+    links = {
+        "include_dirs": [str(home / "include")],
+        "library_dirs": [str(folder) for name in ("lib64", "lib") if (folder := home / name).is_dir()],
+        "libraries": ["cudart_static", "rt", "dl", "pthread"],
+    }
+else:
+    sources += glob("csrc/cuda_absent/*.cpp")
+
 setup(
     ext_modules=[
-        CppExtension(
+        cpp_extension.CppExtension(
             "bnext._C",
-            sources(),
-            define_macros=[("BNEXT_TORCH_VERSION", torch.__version__)],
-            extra_compile_args=flags,
+            sorted(sources),
+            define_macros=[("BNEXT_TORCH_VERSION", torch.__version__), ("BNEXT_CUDA_ARCHS", f'"{archs}"')],
+            extra_compile_args={
+                "cxx": flags,
+                "nvcc": ["-O3", "-fmad=false", "-Xcompiler", "-fvisibility=hidden"],
+            },
+            **links,
         )
     ],
     cmdclass={"build_ext": Build},

@@ -1,5 +1,6 @@
 // Host side of the ops, once for all backends: checks, memory layout, allocation, parameter structs.
-// A backend is a type with static forward(const ForwardParams&) and backward(const BackwardParams&).
+// A backend is a type with static forward(const ForwardParams&, const Tensor& input) and backward, of BackwardParams;
+// the input tells the device, and how to allocate on it.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -121,7 +122,7 @@ ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTens
   p.eps = eps;
   p.training = training;
   if (training) set_counter(p, counter, momentum);
-  Backend::forward(p);
+  Backend::forward(p, x);
   if (training) {
     running_mean_.write_back(running_mean);
     running_var_.write_back(running_var);
@@ -175,7 +176,7 @@ ThreeTensors batch_norm_backward(const Tensor& grad_output, const Tensor& input,
   p.grad_weight = data(grad_weight);
   p.grad_bias = data(grad_bias);
   p.training = training;
-  Backend::backward(p);
+  Backend::backward(p, x);
   return {grad_input, grad_weight, grad_bias};
 }
 

@@ -1,14 +1,70 @@
-// bnext._C: facts about the build. Loading it registers torch.ops.bnext.
+// bnext._C: facts about the build, and what is planned for a GPU. Loading it registers torch.ops.bnext.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "cpu/kernels.h"
+#include "cuda/plan.h"
 
 #define BNEXT_STRING_OF(x) #x
 #define BNEXT_STRING(x) BNEXT_STRING_OF(x)
 
+namespace py = pybind11;
+
+namespace {
+
+bnext::DType dtype_named(const std::string& name) {
+  if (name == "float64") return bnext::DType::float64;
+  if (name == "float32") return bnext::DType::float32;
+  if (name == "bfloat16") return bnext::DType::bfloat16;
+  if (name == "float16") return bnext::DType::float16;
+  throw std::invalid_argument("expected dtype to be float64, float32, bfloat16 or float16, got " + name);
+}
+
+py::dict plan(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_last, const std::string& dtype,
+              bool backward, bool training, bool reduces, bool applies, bool cumulative, bool aligned,
+              const py::dict& gpu) {
+  if (N < 1 || C < 1 || S < 1) throw std::invalid_argument("expected N, C and S to be positive");
+  const auto of_gpu = [&](const char* name) { return gpu[name].cast<std::int64_t>(); };
+  const bnext::cuda::Device device{of_gpu("multiprocessors"),
+                                   of_gpu("shared_per_block"),
+                                   of_gpu("shared_per_multiprocessor"),
+                                   of_gpu("threads_per_multiprocessor"),
+                                   of_gpu("l2"),
+                                   gpu["cooperative"].cast<bool>()};
+  const bnext::DType type = dtype_named(dtype);
+  const bnext::Layout layout = channels_last && C > 1 ? bnext::Layout::channels_last : bnext::Layout::planar;
+  const bnext::cuda::Request request{
+      {N, C, S, layout, type, type}, backward, training, reduces, applies, cumulative, aligned};
+  const bnext::cuda::Plan p = bnext::cuda::make_plan(request, device);
+  py::dict result;
+  result["strategy"] = p.strategy == bnext::cuda::Strategy::resident ? "resident" : "streaming";
+  result["whole"] = p.whole;
+  result["width"] = p.width;
+  result["slabs"] = p.slabs;
+  result["splits"] = p.splits;
+  result["threads"] = p.threads;
+  result["blocks"] = p.blocks;
+  result["cluster"] = p.cluster;
+  result["cooperative"] = p.cooperative;
+  result["launches"] = p.launches;
+  result["shared"] = p.shared;
+  result["scratch"] = p.scratch;
+  result["read"] = p.read;
+  result["written"] = p.written;
+  return result;
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of bnext: loading it registers torch.ops.bnext.";
   m.attr("torch_version") = BNEXT_STRING(BNEXT_TORCH_VERSION);  // the torch it was built against
+  m.attr("cuda_archs") = BNEXT_CUDA_ARCHS;  // TORCH_CUDA_ARCH_LIST of the CUDA kernels; "": built without them
   m.def("cpu_isa", &bnext::cpu::isa,
         "Instruction set of the CPU kernels: scalar, avx2 or avx512; BNEXT_CPU_ISA forces one.");
+  using py::arg;
+  m.def("plan", &plan, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"), arg("backward"),
+        arg("training"), arg("reduces"), arg("applies"), arg("cumulative"), arg("aligned"), arg("gpu"),
+        "What csrc/cuda/plan.h chooses for a problem [N, C, S] on a GPU with these properties, as a dict.");
 }

@@ -44,7 +44,7 @@ def test_readme_has_examples():
     ("switches", "sentence"),
     [
         ({"BNEXT_FORCE_CPU": "1", "BNEXT_FORCE_CUDA": "1"}, "exclude each other"),
-        ({"BNEXT_FORCE_CUDA": "1"}, "no CUDA kernels"),
+        ({"BNEXT_FORCE_CUDA": "1", "CUDA_HOME": "/no/such/toolkit"}, "/no/such/toolkit has no CUDA headers"),
         ({"CXX": "/no/such/compiler"}, "needs a C++ compiler"),
     ],
     ids=["both", "cuda", "compiler"],
@@ -61,6 +61,23 @@ def test_refused_builds_say_why(switches, sentence, tmp_path):
     assert build.returncode != 0
     assert sentence in build.stderr.strip().splitlines()[-1]
     assert "Traceback" not in build.stderr
+
+
+@pytest.mark.skipif(bnext._C.cuda_archs != "", reason="about builds without CUDA kernels")
+@pytest.mark.only("cpu", "about builds without CUDA kernels")
+@pytest.mark.parametrize("op", ["train", "eval", "backward"])
+def test_cuda_tensors_without_cuda_kernels(op):
+    """What a CUDA tensor would meet: the op's implementation for CUDA, called directly."""
+    operator = getattr(torch.ops.bnext, f"batch_norm_{op}").default
+    x, mean, var = torch.randn(2, 3), torch.zeros(3), torch.ones(3)
+    arguments = {
+        "train": (x, None, None, None, None, None, 0.1, 1e-5),
+        "eval": (x, None, None, mean, var, 1e-5),
+        "backward": (x, x, None, mean, var, True, [True, True, True]),
+    }
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(NotImplementedError, match="this bnext was built without CUDA kernels: rebuild it"):
+        operator.redispatch(cuda, *arguments[op])
 
 
 def test_torch_missing_is_one_sentence(tmp_path):

@@ -1,0 +1,164 @@
+// Backward of both: grad_bias = sum(dy), grad_weight = sum(dy * (x - mean)) * invstd, and grad_input.
+//
+// Sums over kUnroll packs in the compute type, then in double: over the thread's packs, warp, block and splits, in that
+// order. With E = N * C * S * itemsize, global memory sees in training 4E read and E written (streaming), or 2E and E
+// (resident). In evaluation grad_input needs no sum and is written while they are taken: 2E and E; E and E without
+// them.
+#pragma once
+
+#include "driver.cuh"
+
+namespace bnext::cuda {
+
+struct ProductsPart {
+  double sum_dy, sum_dy_xmu;
+  __device__ __forceinline__ void add(const ProductsPart& other) {
+    sum_dy += other.sum_dy;
+    sum_dy_xmu += other.sum_dy_xmu;
+  }
+};
+
+template <class Tile_, bool kResident_>
+struct Backward {
+  using Params = BackwardParams;
+  using Tile = Tile_;
+  using T = typename Tile::T;
+  using A = Compute<T>;
+  using Partial = ProductsPart;
+  static constexpr bool kResident = kResident_;
+  static constexpr int kPack = Tile::kPack, kColumns = Tile::kColumns;
+  static constexpr Kind kKind{kResident ? Strategy::resident : Strategy::streaming, true, Tile::kPlanar, Tile::kWhole,
+                              sizeof(T)};
+  static constexpr int kUnroll = unroll(kKind);
+  enum Factor { kMean, kScale, kGradMean, kProjection };
+
+  const Params& p;
+  const Work& w;
+  const Memory<Tile, Partial> memory;
+
+  __device__ __forceinline__ void begin() const {}
+  __device__ __forceinline__ bool waits() const { return false; }
+  __device__ __forceinline__ bool reduces() const { return p.reduces(); }
+  // In evaluation reduce() writes grad_input, if there is anything to reduce.
+  __device__ __forceinline__ bool applies() const { return p.grad_input && (p.training || !p.reduces()); }
+
+  __device__ __forceinline__ void reduce(const Tile& tile, Partial (&part)[kColumns]) const {
+    const bool writes = p.grad_input && !p.training;
+    A mean[kColumns], scale[kColumns];
+    if (tile.size() > 0) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        mean[j] = static_cast<const A*>(p.mean)[tile.channel(j)];
+        scale[j] = writes ? slope(tile.channel(j)) : A(0);
+      }
+    }
+    for_slots<kUnroll>(tile, [&](const Slot(&slots)[kUnroll], int k) {
+      Pack<T, kPack> dy[kUnroll], x[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        dy[u] = load<Tile>(w, static_cast<const T*>(p.grad_output), slots[u]);
+        x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (kResident && slots[u].size()) keep(tile, k + u, dy[u], x[u]);
+        if (writes) write_eval(slots[u], dy[u], scale);
+      }
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        A sum[2] = {0, 0};
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+          for (int i = 0; i < kPack / kColumns; ++i) {
+            const A dy_i = widen(dy[u].element[c + i]), x_i = widen(x[u].element[c + i]);
+            if (holds<Tile>(slots[u], c + i)) math::add_products(sum, dy_i, x_i, mean[c]);
+          }
+        }
+        part[c].add({static_cast<double>(sum[0]), static_cast<double>(sum[1])});
+      }
+    });
+  }
+
+  __device__ __forceinline__ void finish(const Tile& tile, const Partial (&part)[kColumns], bool writes) const {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const int64_t c = tile.channel(j);
+      const double invstd = static_cast<const A*>(p.invstd)[c], count = static_cast<double>(p.count());
+      if (writes && p.grad_bias) write(p.grad_bias, p.param_dtype, c, part[j].sum_dy);
+      if (writes && p.grad_weight)
+        write(p.grad_weight, p.param_dtype, c, math::grad_weight(part[j].sum_dy_xmu, invstd));
+      memory.factor(tile, kMean, j) = static_cast<const A*>(p.mean)[c];
+      memory.factor(tile, kScale, j) = slope(c);
+      memory.factor(tile, kGradMean, j) = static_cast<A>(part[j].sum_dy / count);
+      memory.factor(tile, kProjection, j) = static_cast<A>(math::projection(part[j].sum_dy_xmu, invstd, count));
+    }
+  }
+
+  __device__ __forceinline__ void apply(const Tile& tile) const {
+    if (tile.size() == 0) return;
+    A factor[4][kColumns];
+#pragma unroll
+    for (int f = 0; f < 4; ++f) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) factor[f][j] = memory.factor(tile, f, j);
+    }
+    for_slots_backward<kUnroll>(tile, [&](const Slot(&slots)[kUnroll], int k) {
+      Pack<T, kPack> dy[kUnroll], x[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if constexpr (kResident) {
+          if (slots[u].size()) fetch(tile, k - u, dy[u], x[u]);
+        } else {
+          dy[u] = load<Tile>(w, static_cast<const T*>(p.grad_output), slots[u]);
+          if (p.training) x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (!p.training) {
+          write_eval(slots[u], dy[u], factor[kScale]);
+          continue;
+        }
+        A dx[kPack];
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) {
+          const int c = j % kColumns;
+          dx[j] = math::grad_input_train(widen(dy[u].element[j]), widen(x[u].element[j]), factor[kMean][c],
+                                         factor[kScale][c], factor[kGradMean][c], factor[kProjection][c]);
+        }
+        store<Tile>(w, static_cast<T*>(p.grad_input), slots[u], narrow<T>(dx));
+      }
+    });
+  }
+
+ private:
+  // The cache has all of dy, then all of x.
+  __device__ __forceinline__ int kept_x(const Tile& tile, int k) const {
+    return tile.cached(k) + w.cache_bytes / static_cast<int>(2 * sizeof(Pack<T, kPack>));
+  }
+  __device__ __forceinline__ void keep(const Tile& tile, int k, const Pack<T, kPack>& dy,
+                                       const Pack<T, kPack>& x) const {
+    memory.cache[tile.cached(k)] = dy;
+    memory.cache[kept_x(tile, k)] = x;
+  }
+  __device__ __forceinline__ void fetch(const Tile& tile, int k, Pack<T, kPack>& dy, Pack<T, kPack>& x) const {
+    dy = memory.cache[tile.cached(k)];
+    x = memory.cache[kept_x(tile, k)];
+  }
+
+  __device__ __forceinline__ A slope(int64_t c) const {
+    const A invstd = static_cast<const A*>(p.invstd)[c];
+    return p.weight ? read<A>(p.weight, p.param_dtype, c) * invstd : invstd;
+  }
+
+  __device__ __forceinline__ void write_eval(const Slot& slot, const Pack<T, kPack>& dy,
+                                             const A (&scale)[kColumns]) const {
+    A dx[kPack];
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) dx[j] = math::grad_input_eval(widen(dy.element[j]), scale[j % kColumns]);
+    store<Tile>(w, static_cast<T*>(p.grad_input), slot, narrow<T>(dx));
+  }
+};
+
+}  // namespace bnext::cuda

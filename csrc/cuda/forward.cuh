@@ -1,0 +1,156 @@
+// Training and evaluation forward: y = (x - mean) * (weight * invstd) + bias, running statistics and the counter.
+//
+// Statistics: Welford's update for kUnroll packs at a time in each thread, then Chan's formula over warp, block and
+// splits, in that order, in the compute type. With E = N * C * S * itemsize, global memory sees 2E read and E written
+// (streaming), or E and E (resident, and evaluation).
+#pragma once
+
+#include "driver.cuh"
+
+namespace bnext::cuda {
+
+template <class A>
+struct BatchPart {
+  math::Moments<A> moments;
+  A count;
+  __device__ __forceinline__ void add(const BatchPart& other) {
+    math::chan_combine(moments, count, other.moments, other.count);
+    count += other.count;
+  }
+};
+
+template <class Tile_, bool kResident_, class Epilogue>
+struct Forward {
+  using Params = ForwardParams;
+  using Tile = Tile_;
+  using T = typename Tile::T;
+  using A = Compute<T>;
+  using Partial = BatchPart<A>;
+  static constexpr bool kResident = kResident_;
+  static constexpr int kPack = Tile::kPack, kColumns = Tile::kColumns;
+  static constexpr Kind kKind{kResident ? Strategy::resident : Strategy::streaming, false, Tile::kPlanar, Tile::kWhole,
+                              sizeof(T)};
+  static constexpr int kUnroll = unroll(kKind);
+  enum Factor { kMean, kScale, kBias };
+
+  const Params& p;
+  const Work& w;
+  const Memory<Tile, Partial> memory;
+
+  __device__ __forceinline__ void begin() const {
+    if (p.num_batches_tracked) ++*p.num_batches_tracked;
+  }
+  __device__ __forceinline__ bool waits() const { return p.cumulative; }
+  __device__ __forceinline__ bool reduces() const { return p.training; }
+  __device__ __forceinline__ bool applies() const { return true; }
+
+  __device__ __forceinline__ void reduce(const Tile& tile, Partial (&part)[kColumns]) const {
+    A count = 0;
+    for_slots<kUnroll>(tile, [&](const Slot(&slots)[kUnroll], int k) {
+      Pack<T, kPack> x[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
+      int taken = 0;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (kResident && slots[u].size()) memory.cache[tile.cached(k + u)] = x[u];
+        taken += slots[u].size();
+      }
+      if (taken == 0) return;
+      const A all = count + static_cast<A>(taken / kColumns), inverse = 1 / all;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        math::Moments<A>& m = part[c].moments;
+        const auto each = [&](auto f) {
+#pragma unroll
+          for (int u = kUnroll - 1; u >= 0; --u) {
+#pragma unroll
+            for (int i = kPack / kColumns - 1; i >= 0; --i)
+              if (holds<Tile>(slots[u], c + i)) f(static_cast<A>(widen(x[u].element[c + i])));
+          }
+        };
+        if (count == 0) each([&](A value) { m.origin = value; });
+        A sum[2] = {0, 0};
+        each([&](A value) { math::add_shifted(sum, value, m.origin); });
+        math::welford_push(m, count, sum, inverse);
+        math::recenter(m);
+      }
+      count = all;
+    });
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) part[c].count = count;
+  }
+
+  __device__ __forceinline__ void finish(const Tile& tile, const Partial (&part)[kColumns], bool writes) const {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) finish_channel(tile, part[j].moments, j, writes);
+  }
+
+  __device__ __forceinline__ void apply(const Tile& tile) const {
+    if (tile.size() == 0) return;
+    A factor[3][kColumns];
+#pragma unroll
+    for (int f = 0; f < 3; ++f) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) factor[f][j] = memory.factor(tile, f, j);
+    }
+    for_slots_backward<kUnroll>(tile, [&](const Slot(&slots)[kUnroll], int k) {
+      Pack<T, kPack> x[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if constexpr (kResident) {
+          if (slots[u].size()) x[u] = memory.cache[tile.cached(k - u)];
+        } else {
+          x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        A y[kPack];
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) {
+          const int c = j % kColumns;
+          const A value =
+              math::normalize(widen(x[u].element[j]), factor[kMean][c], factor[kScale][c], factor[kBias][c]);
+          y[j] = Epilogue::forward(value);
+        }
+        store<Tile>(w, static_cast<T*>(p.output), slots[u], narrow<T>(y));
+      }
+    });
+  }
+
+ private:
+  __device__ __forceinline__ void finish_channel(const Tile& tile, const math::Moments<A>& m, int j,
+                                                 bool writes) const {
+    const int64_t c = tile.channel(j);
+    A mean, var;
+    if (p.training) {
+      const A count = static_cast<A>(p.count());
+      mean = m.mean();
+      var = math::biased_var(m.m2, count);
+      if (writes && p.running_mean) {
+        const int64_t batches = p.cumulative ? *p.num_batches_tracked : 0;  // otherwise block 0 may be writing it
+        const A factor = static_cast<A>(math::average_factor(p.cumulative, p.momentum, batches));
+        update(p.running_mean, c, mean, factor);
+        update(p.running_var, c, math::unbiased_var(m.m2, count), factor);
+      }
+    } else {
+      mean = read<A>(p.running_mean, p.param_dtype, c);
+      var = read<A>(p.running_var, p.param_dtype, c);
+    }
+    const A invstd = math::invstd(var, static_cast<A>(p.eps));
+    if (writes) {
+      static_cast<A*>(p.mean)[c] = mean;
+      static_cast<A*>(p.invstd)[c] = invstd;
+    }
+    memory.factor(tile, kMean, j) = mean;
+    memory.factor(tile, kScale, j) = p.weight ? read<A>(p.weight, p.param_dtype, c) * invstd : invstd;
+    memory.factor(tile, kBias, j) = p.bias ? read<A>(p.bias, p.param_dtype, c) : A(0);
+  }
+
+  __device__ __forceinline__ void update(void* running, int64_t c, A batch, A factor) const {
+    write(running, p.param_dtype, c, math::update_running(read<A>(running, p.param_dtype, c), batch, factor));
+  }
+};
+
+}  // namespace bnext::cuda

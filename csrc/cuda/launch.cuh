@@ -1,0 +1,44 @@
+// From a plan to the kernel instance and its launches; one set of instances for each Op.
+#pragma once
+
+#include "driver.cuh"
+#include "kernels.h"
+
+namespace bnext::cuda {
+
+template <class Op>
+__global__ void __launch_bounds__(kMaxThreads, promised_threads(Op::kKind) / kMaxThreads)
+    kernel(const __grid_constant__ typename Op::Params p, const __grid_constant__ Work w) {
+  GPU_DYN_SHARED(unsigned char, shared);
+  run(Op{p, w, {w, shared}}, w);
+}
+
+template <class Op>
+cudaError_t launch(const typename Op::Params& p, const Plan& plan, Work work, cudaStream_t stream) {
+  gpu::Launch l;
+  l.grid = dim3(static_cast<unsigned>(plan.blocks));
+  l.block = dim3(static_cast<unsigned>(plan.threads));
+  l.shared = static_cast<size_t>(plan.shared);
+  l.stream = stream;
+  l.cluster = static_cast<unsigned>(plan.cluster);
+  l.cooperative = plan.cooperative;
+  if (plan.launches == 1) return gpu::launch(kernel<Op>, l, p, work);
+  work.apply = false;
+  if (const cudaError_t error = gpu::launch(kernel<Op>, l, p, work); error != cudaSuccess) return error;
+  work.apply = true;
+  work.reduce = false;
+  return gpu::launch(kernel<Op>, l, p, work);
+}
+
+// f(TypeId of the tile, whether resident as a constant), for what the plan says.
+template <class T, class F>
+cudaError_t with_tile(Layout layout, const Plan& plan, F f) {
+  const auto with = [&](auto tile) {
+    return plan.strategy == Strategy::resident ? f(tile, std::true_type{}) : f(tile, std::false_type{});
+  };
+  if (layout == Layout::planar)
+    return plan.whole ? with(gpu::TypeId<Planar<T, true>>{}) : with(gpu::TypeId<Planar<T, false>>{});
+  return plan.whole ? with(gpu::TypeId<ChannelsLast<T, true>>{}) : with(gpu::TypeId<ChannelsLast<T, false>>{});
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,184 @@
+// Which elements a thread of a block works on. A tile is the task of one block: a part of a slab (plan.h), whose packs,
+// here slots, are dealt out to the threads in order of memory:
+//   size(), slot(k), cached(k)   this thread's slots, and where a resident tile keeps them
+//   lane(), lanes()              which of the threads that share this thread's channels it is, and how many they are;
+//                                lane() == lanes() has no channels
+//   channel(j), column()         the channels of its packs, [0, kColumns), and where they stand in the slab
+#pragma once
+
+#include "pack.cuh"
+#include "plan.h"
+
+namespace bnext::cuda {
+
+// Division of numbers below 2^31 by a number below 2^30; by a larger one, of what is less than twice that number.
+struct Divisor {
+  int64_t divisor;
+  uint32_t magic = 0, shift = 0;  // quotient = number * magic / 2^(31 + shift)
+
+  explicit Divisor(int64_t divisor) : divisor(divisor) {
+    if (divisor >= kMaxTask) return;
+    while ((int64_t{1} << shift) < divisor) ++shift;
+    magic = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + divisor - 1) / divisor);
+  }
+  __device__ __forceinline__ int64_t quotient(int64_t number) const {
+    return magic ? __umulhi(2 * static_cast<uint32_t>(number), magic) >> shift : number >= divisor;
+  }
+};
+
+// What kernels need to know of a plan.
+struct Work {
+  int64_t C, S, rows, elements;  // channels, elements of a plane, rows of a slab, elements of a tensor
+  int64_t chunk, chunks_end;     // slots (planar) or rows (channels_last) of a task, and of a slab
+  Divisor row_slots;             // planar: slots of a row
+  int64_t slabs, splits;
+  int width;
+  bool packs;
+  bool reduce, apply;           // the phases of this launch
+  int cache_bytes, work_bytes;  // shared memory: a resident slab, then partial results, then factors
+  void* scratch;                // [splits, C] partial results
+
+  Work(const Request& r, const Plan& plan, void* scratch)
+      : C(r.C),
+        S(r.S),
+        rows(slab_rows(r)),
+        elements(r.N * r.C * r.S),
+        row_slots(cuda::row_slots(r, Sizes(r, plan.whole), plan.whole, plan.width)),
+        slabs(plan.slabs),
+        splits(plan.splits),
+        width(static_cast<int>(plan.width)),
+        packs(plan.packs),
+        reduce(r.reduces),
+        apply(true),
+        scratch(scratch) {
+    const Sizes sizes(r, plan.whole);
+    chunks_end = r.layout == Layout::planar ? rows * row_slots.divisor : rows;
+    chunk = ceil_div(chunks_end, splits);
+    const int64_t factors = plan.width * sizes.columns * sizes.factor;
+    work_bytes = static_cast<int>(working_bytes(r, sizes, plan.width, plan.threads) - factors);
+    cache_bytes = static_cast<int>(plan.shared - work_bytes - factors);
+  }
+};
+
+// One pack: elements [begin, end) of it, the first of the pack being element `at` of the tensor.
+struct Slot {
+  int64_t at;
+  int begin, end;
+  __device__ __forceinline__ int size() const { return end > begin ? end - begin : 0; }
+};
+
+// One channel [N, S] of [N, C, S]: rows are planes. Unless planes are whole numbers of aligned packs, the first and the
+// last pack of a plane reach into its neighbours.
+template <class T_, bool kWhole_>
+class Planar {
+ public:
+  using T = T_;
+  static constexpr bool kWhole = kWhole_, kPlanar = true;
+  static constexpr int kPack = kPackBytes / sizeof(T), kColumns = 1;  // elements of a pack; channels of it
+
+  __device__ Planar(const Work& w, int64_t slab, int64_t split) : w_(w), channel_(slab) {
+    const int64_t begin = split * w.chunk, end = min(begin + w.chunk, w.chunks_end);
+    row_ = begin / w.row_slots.divisor;
+    slot_ = begin - row_ * w.row_slots.divisor + threadIdx.x;
+    const int64_t count = end - begin - threadIdx.x;
+    size_ = count > 0 ? static_cast<int>((count + blockDim.x - 1) / blockDim.x) : 0;
+  }
+
+  __device__ __forceinline__ int size() const { return size_; }  // slots of this thread
+  __device__ __forceinline__ Slot slot(int k) const {
+    const int64_t i = slot_ + static_cast<int64_t>(k) * blockDim.x, row = w_.row_slots.quotient(i);
+    const int64_t column = (i - row * w_.row_slots.divisor) * kPack;
+    const int64_t plane = ((row_ + row) * w_.C + channel_) * w_.S;
+    if constexpr (kWhole) return {plane + column, 0, kPack};
+    const int before = static_cast<int>(plane % kPack);
+    const int64_t left = before + w_.S - column;
+    return {plane - before + column, column == 0 ? before : 0, static_cast<int>(left < kPack ? left : kPack)};
+  }
+  __device__ __forceinline__ int cached(int k) const { return static_cast<int>(threadIdx.x + k * blockDim.x); }
+  __device__ __forceinline__ int lane() const { return static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ int lanes() const { return static_cast<int>(blockDim.x); }
+  __device__ __forceinline__ int64_t channel(int) const { return channel_; }
+  __device__ __forceinline__ int column() const { return 0; }
+
+ private:
+  const Work& w_;
+  int64_t channel_, row_, slot_;
+  int size_;
+};
+
+// The channels of `width` packs side by side, of [N * S, C]; width threads take a row, others the next ones. A pack is
+// one element where rows are not whole numbers of aligned packs.
+template <class T_, bool kWhole_>
+class ChannelsLast {
+ public:
+  using T = T_;
+  static constexpr bool kWhole = true, kPlanar = false;
+  static constexpr int kPack = kWhole_ ? kPackBytes / sizeof(T) : 1, kColumns = kPack;
+
+  __device__ ChannelsLast(const Work& w, int64_t slab, int64_t split) : w_(w) {
+    const int thread = static_cast<int>(threadIdx.x);
+    lanes_ = static_cast<int>(blockDim.x) / w.width;
+    lane_ = thread / w.width;
+    x_ = thread - lane_ * w.width;
+    channel_ = (slab * w.width + x_) * kPack;
+    if (channel_ >= w.C) lane_ = lanes_;
+    row_ = split * w.chunk + lane_;
+    const int64_t count = min((split + 1) * w.chunk, w.chunks_end) - row_;
+    size_ = lane_ < lanes_ && count > 0 ? static_cast<int>((count + lanes_ - 1) / lanes_) : 0;
+  }
+
+  __device__ __forceinline__ int size() const { return size_; }
+  __device__ __forceinline__ Slot slot(int k) const {
+    return {(row_ + static_cast<int64_t>(k) * lanes_) * w_.C + channel_, 0, kPack};
+  }
+  __device__ __forceinline__ int cached(int k) const { return (lane_ + k * lanes_) * w_.width + x_; }
+  __device__ __forceinline__ int lane() const { return lane_; }
+  __device__ __forceinline__ int lanes() const { return lanes_; }
+  __device__ __forceinline__ int64_t channel(int j) const { return channel_ + j; }
+  __device__ __forceinline__ int column() const { return x_ * kColumns; }
+  __device__ __forceinline__ int width() const { return w_.width; }
+
+ private:
+  const Work& w_;
+  int64_t channel_, row_;
+  int x_, lane_, lanes_, size_;
+};
+
+// Whether element j of the slot's pack belongs to it.
+template <class Tile>
+__device__ __forceinline__ bool holds(const Slot& slot, int j) {
+  return Tile::kWhole ? slot.end != 0 : j >= slot.begin && j < slot.end;
+}
+
+// The slot's elements; those outside [begin, end) are anything. An empty slot reads nothing.
+template <class Tile, class T = typename Tile::T>
+__device__ __forceinline__ Pack<T, Tile::kPack> load(const Work& w, const T* tensor, const Slot& slot) {
+  constexpr int kPack = Tile::kPack;
+  Pack<T, kPack> pack = {};
+  if (slot.size() == 0) return pack;
+  if constexpr (Tile::kWhole) {
+    return load<kPack>(tensor + slot.at);
+  } else {
+    if (w.packs && slot.at + kPack <= w.elements) return load<kPack>(tensor + slot.at);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j)
+      if (holds<Tile>(slot, j)) pack.element[j] = tensor[slot.at + j];
+    return pack;
+  }
+}
+
+template <class Tile, class T = typename Tile::T>
+__device__ __forceinline__ void store(const Work& w, T* tensor, const Slot& slot, const Pack<T, Tile::kPack>& pack) {
+  constexpr int kPack = Tile::kPack;
+  if (slot.size() == 0) return;
+  if constexpr (Tile::kWhole) {
+    store<kPack>(tensor + slot.at, pack);
+  } else {
+    if (w.packs && slot.size() == kPack) return store<kPack>(tensor + slot.at, pack);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j)
+      if (holds<Tile>(slot, j)) tensor[slot.at + j] = pack.element[j];
+  }
+}
+
+}  // namespace bnext::cuda

@@ -6,7 +6,7 @@ ENVIRONMENT := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 endif
 
-.PHONY: build test test-all bench lint clean
+.PHONY: build test test-all bench gpu-check lint clean
 build: $(ENVIRONMENT)
 	@$(PYTHON) setup.py -q build_ext --inplace
 
@@ -25,17 +25,24 @@ test-all: build
 bench: build
 	$(PYTHON) -m bench
 
-# Formatting, and our C++ without a warning (torch's headers are not ours to judge).
+# Builds, tests and measures on the NVIDIA GPU at hand, in less than eight minutes; reports into OUT.
+gpu-check: $(ENVIRONMENT)
+	$(PYTHON) -m bench.gpu_check --out $(or $(OUT),gpu-report)
+
+# Formatting, and our C++ without a warning (torch's headers are not ours to judge), as C++17: torch 2.11's default.
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
+	clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.c*)
 	@torch=$$($(PYTHON) -c "import torch; print(torch.__path__[0])"); \
 	python=$$($(PYTHON) -c "import sysconfig; print(sysconfig.get_path('include'))"); \
+	cuda=$$(PYTHONPATH=tests $(PYTHON) -c "from cuda_on_cpu import build; print(build.toolkit_headers() or '')"); \
 	for file in $(wildcard csrc/*.cpp csrc/*/*.cpp); do \
+	  case "$$cuda $$file" in " csrc/cuda/"*) echo "$$file: left out, there is no CUDA toolkit"; continue;; esac; \
 	  echo "$$file"; \
-	  $(CXX) -fsyntax-only -std=c++20 -fopenmp -Wall -Wextra -Wno-psabi -Werror -DBNEXT_TORCH_VERSION=lint \
-	    -isystem $$torch/include -isystem $$torch/include/torch/csrc/api/include -isystem $$python $$file || exit 1; \
+	  $(CXX) -fsyntax-only -std=c++17 -fopenmp -Wall -Wextra -Wno-psabi -Werror \
+	    -DBNEXT_TORCH_VERSION=lint -DBNEXT_CUDA_ARCHS='"lint"' -isystem $$torch/include \
+	    -isystem $$torch/include/torch/csrc/api/include -isystem $$python $${cuda:+-isystem $$cuda} $$file || exit 1; \
 	done
 
 clean:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from bench import layers, train
 from bench.cases import DTYPES, LAYOUTS, MODES, Case
@@ -25,7 +26,7 @@ def _case(text: str) -> Case:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Compares bnext with torch's own batch norm on the CPU. Without a subcommand, runs both.",
+        description="Compares bnext with torch's own batch norm. Without a subcommand, runs both.",
     )
     commands = parser.add_subparsers(dest="command", metavar="{layers,train}")
 
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "bytes. Every result is first checked against a float64 oracle; a wrong one is shown as WRONG, not "
         "timed, and the exit code is then 1.",
     )
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     sub.add_argument("--batch", type=_positive, default=32, metavar="N", help="images per batch (default: 32)")
     sub.add_argument("--threads", type=_positive, default=1, metavar="N", help="threads to use (default: 1)")
     sub.add_argument("--layout", choices=LAYOUTS, help="measure only this memory layout (default: both)")
@@ -47,7 +49,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="C,H,W",
         help="measure this shape instead of ResNet-50's layers; may be repeated",
     )
-    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors (default: float32)")
+    sub.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of all tensors; beside a half type, parameters and buffers are float32 (default: float32)",
+    )
+    sub.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="on CUDA, leave out torch.compile, which takes seconds in each row before it is timed",
+    )
+    sub.add_argument(
+        "--json", type=Path, metavar="FILE", help="write a list of the rows so far to FILE after each, in seconds"
+    )
     sub.add_argument(
         "--reps", type=_positive, default=5, metavar="N", help="time each row at least N times (default: 5)"
     )

@@ -1,4 +1,4 @@
-"""The two batch norms under test, as callables that are first checked and then timed."""
+"""The batch norms under test, as callables that are first checked and then timed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,12 +10,34 @@ from torch import Tensor
 import bnext
 from bench.cases import EPS, MOMENTUM, Inputs
 
-BATCH_NORMS: dict[str, Callable[..., Tensor]] = {"torch": F.batch_norm, "bnext": bnext.batch_norm}
 BNEXT_OPS = {
     "fwd": "bnext::batch_norm_train",
     "bwd": "bnext::batch_norm_backward",
     "eval": "bnext::batch_norm_eval",
 }
+
+
+def _native(*arguments: Tensor | float | bool | None) -> Tensor:
+    """torch's own kernels where F.batch_norm would take cuDNN's."""
+    with torch.backends.cudnn.flags(enabled=False):
+        return F.batch_norm(*arguments)
+
+
+def _compiled() -> Callable[..., Tensor]:
+    """F.batch_norm through torch.compile, compiled anew for what it is called with first; so is its backward."""
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # a backward that frees what it reads could be timed only once
+    return torch.compile(F.batch_norm, dynamic=False)
+
+
+def batch_norms(device: str, compiled: bool) -> dict[str, Callable[..., Tensor]]:
+    """By name: torch and bnext; on CUDA also torch without cuDNN and, where wanted, torch.compile of torch's."""
+    found = {"torch": F.batch_norm, "bnext": bnext.batch_norm}
+    if device == "cuda":
+        found["native"] = _native
+        if compiled:
+            found["compile"] = _compiled()
+    return found
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,12 @@ from torch import Tensor
 
 MODES = ("fwd", "bwd", "eval")  # training forward, training backward, inference forward
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 MOMENTUM, EPS = 0.1, 1e-5  # the defaults of torch.nn.BatchNorm2d
 
 
@@ -43,7 +48,7 @@ RESNET50 = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one layer: x and dy [N, C, H, W], the others [C]."""
+    """The tensors of one layer: x and dy [N, C, H, W]; the others [C], in float32 for a half type as under autocast."""
 
     x: Tensor
     dy: Tensor
@@ -59,17 +64,19 @@ class Inputs:
         return replace(self, x=x, dy=dy, memory_format=memory_format)
 
 
-def make_inputs(case: Case, batch: int, dtype: torch.dtype) -> Inputs:
-    """Random inputs, the same in every run; each channel of x has its own mean and spread."""
-    rng = torch.Generator().manual_seed(0)
+def make_inputs(case: Case, batch: int, dtype: torch.dtype, device: str) -> Inputs:
+    """Random inputs, the same in every run on a device; each channel of x has its own mean and spread."""
+    rng = torch.Generator(device).manual_seed(0)
     channels = case.channels
     shape = (batch, channels, case.height, case.width)
+    param_dtype = dtype if dtype.itemsize > 2 else torch.float32
 
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=rng, dtype=dtype)
+    def normal(*size: int, dtype: torch.dtype = param_dtype) -> Tensor:
+        return torch.randn(size, generator=rng, dtype=dtype, device=device)
 
     def positive() -> Tensor:
-        return torch.rand(channels, generator=rng, dtype=dtype) + 0.5
+        return torch.rand(channels, generator=rng, dtype=param_dtype, device=device) + 0.5
 
-    x = normal(*shape).mul_(positive().view(-1, 1, 1)).add_(normal(channels, 1, 1))
-    return Inputs(x, normal(*shape), positive(), normal(channels), normal(channels), positive())
+    x = normal(*shape, dtype=dtype).mul_(positive().view(-1, 1, 1)).add_(normal(channels, 1, 1))
+    dy = normal(*shape, dtype=dtype)
+    return Inputs(x, dy, positive(), normal(channels), normal(channels), positive())

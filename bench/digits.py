@@ -1,8 +1,9 @@
 """A training task of seconds: a small ResNet and the handwritten digits of scikit-learn."""
 
+import sys
+
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 _TEST_IMAGES = 360  # a fifth
@@ -46,6 +47,10 @@ def resnet() -> nn.Sequential:
 
 def load(rng: torch.Generator) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Images [N, 1, 8, 8] in [0, 1] and labels [N] to train on, then to test on: 1797 scans, split by rng."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        sys.exit("python -m bench train needs the digits of scikit-learn: pip install scikit-learn")
     pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     images = pixels.float().view(-1, 1, 8, 8) / 16
     order = torch.randperm(len(images), generator=rng)

@@ -3,38 +3,65 @@
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import bnext
-from bench.cases import Case
+from bench.cases import DTYPES, Case
+from bench.timing import Spread
 
 _ROW = "{:<11}  {:<6}  {:<4}"
 _MEAN = "{:<6}  {:<4}"
+_ON_CUDA = ("torch", "native", "compile", "bnext", "floor")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer in one layout and mode: the median seconds of torch, of bnext and of the memory floor."""
+    """One layer in one layout and mode: what each candidate and the memory floor took, or why that is not known."""
 
     case: Case
     layout: str
     mode: str
-    torch: float
-    bnext: float
-    floor: float
+    dtype: str
+    batch: int
+    spreads: dict[str, Spread] = field(default_factory=dict)
+    fault: str = ""
+
+    def ratio(self, above: str, below: str) -> float:
+        """The median time of one over that of another."""
+        return self.spreads[above].median / self.spreads[below].median
 
     @property
     def speedup(self) -> float:
         """How many times as fast as torch bnext is."""
-        return self.torch / self.bnext
+        return self.ratio("torch", "bnext")
 
     @property
     def to_floor(self) -> float:
         """How many times as long as the floor bnext takes."""
-        return self.bnext / self.floor
+        return self.ratio("bnext", "floor")
+
+    @property
+    def bytes(self) -> int:
+        """What must move: x read and y written; in the backward x and dy read and dx written."""
+        elements = self.batch * self.case.channels * self.case.height * self.case.width
+        return (3 if self.mode == "bwd" else 2) * elements * DTYPES[self.dtype].itemsize
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: seconds by candidate, bytes, and the fault or ""."""
+        return {
+            "shape": str(self.case),
+            "layout": self.layout,
+            "mode": self.mode,
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "bytes": self.bytes,
+            "seconds": {name: spread.as_dict() for name, spread in self.spreads.items()},
+            "fault": self.fault,
+        }
 
 
 def machine() -> str:
@@ -52,12 +79,17 @@ def versions(threads: int) -> str:
     return f"bnext {bnext.__version__}, torch {torch.__version__}, {threads} thread{plural}"
 
 
+def gpu() -> str:
+    """The name of the current CUDA device, and the versions that come with torch."""
+    return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()})"
+
+
 def header(batch: int, threads: int, dtype: str, warm: bool) -> str:
-    """What is measured, on what, and how to read it."""
+    """What is measured on the CPU, on what, and how to read it."""
     memory = "warm pages (glibc is told to keep freed memory)" if warm else "the default allocator"
     return "\n".join(
         (
-            f"batch norm, batch {batch}, {dtype}, {versions(threads)}",
+            f"batch norm, batch {batch}, {dtype}{_parameters(dtype)}, {versions(threads)}",
             f"on {machine()}; outputs come from {memory}",
             "median ms of each; floor: copying x (bwd: adding x and dy) into existing memory",
             "speedup: torch / bnext; to floor: bnext / floor",
@@ -68,16 +100,49 @@ def header(batch: int, threads: int, dtype: str, warm: bool) -> str:
     )
 
 
+def cuda_header(batch: int, dtype: str) -> str:
+    """The same on CUDA."""
+    return "\n".join(
+        (
+            f"batch norm, batch {batch}, {dtype}{_parameters(dtype)}, bnext {bnext.__version__}, "
+            f"torch {torch.__version__}",
+            f"on {gpu()}; nothing in L2 beforehand",
+            "median us of each; native: torch without cuDNN; compile: torch.compile of torch's",
+            "floor: copying x (bwd: adding x and dy) into existing memory",
+            "GB/s: of bnext, 2 passes over x (bwd: 3); then ratios of times",
+            "",
+            _ROW.format("shape", "layout", "mode")
+            + "".join(f"{name:>9}" for name in _ON_CUDA)
+            + f"{'GB/s':>7}"
+            + "".join(f"{title:>15}" for title in ("torch/bnext", "native/bnext", "compile/bnext", "bnext/floor")),
+        )
+    )
+
+
+def _parameters(dtype: str) -> str:
+    return "" if DTYPES[dtype].itemsize > 2 else " (parameters float32)"
+
+
 def row_line(row: Row) -> str:
-    """The figures of a row."""
-    times = "".join(f"{1e3 * seconds:9.3f}" for seconds in (row.torch, row.bnext, row.floor))
-    ratios = f"{row.speedup:9.2f}x{row.to_floor:9.2f}x"
-    return _ROW.format(str(row.case), row.layout, row.mode) + times + ratios
+    """The figures of a row on the CPU, or why there are none."""
+    start = _ROW.format(str(row.case), row.layout, row.mode)
+    if row.fault:
+        return f"{start}    {row.fault}"
+    times = "".join(f"{1e3 * row.spreads[name].median:9.3f}" for name in ("torch", "bnext", "floor"))
+    return start + times + f"{row.speedup:9.2f}x{row.to_floor:9.2f}x"
 
 
-def wrong_line(case: Case, layout: str, mode: str, faults: Sequence[str]) -> str:
-    """What a row shows instead of figures when a result is wrong."""
-    return _ROW.format(str(case), layout, mode) + "    WRONG  " + "; ".join(faults)
+def cuda_row_line(row: Row) -> str:
+    """The same on CUDA; "-" for a candidate that was left out."""
+    start = _ROW.format(str(row.case), row.layout, row.mode)
+    if row.fault:
+        return f"{start}    {row.fault}"
+    times = "".join(
+        f"{1e6 * row.spreads[name].median:9.1f}" if name in row.spreads else f"{'-':>9}" for name in _ON_CUDA
+    )
+    pairs = [(name, "bnext") for name in ("torch", "native", "compile")] + [("bnext", "floor")]
+    ratios = "".join(f"{row.ratio(*pair):14.2f}x" if pair[0] in row.spreads else f"{'-':>15}" for pair in pairs)
+    return start + times + f"{row.bytes / row.spreads['bnext'].median / 1e9:7.0f}" + ratios
 
 
 def means(rows: Sequence[Row]) -> str:

@@ -1,15 +1,43 @@
-"""The one timer of the project, and the allocator setting that its figures rest on."""
+"""The one timer of the project, and the settings that its figures rest on."""
 
 import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
+import torch
+
 _Result = TypeVar("_Result")
+_Call = Callable[[], object]
 
 # mallopt(3) and malloc.h of glibc
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+_FIRST_SPIN = 2**20  # clock cycles: half a millisecond or more
+_LONGEST_SPIN = 2**26
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of one call: the median of its timings, their 20th and 80th percentiles, and how many there were."""
+
+    median: float
+    p20: float
+    p80: float
+    count: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Spread":
+        """That of one or more timings."""
+        ordered = sorted(seconds)
+        last = len(ordered) - 1
+        return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
+
+    def as_dict(self) -> dict[str, float]:
+        """The fields by name."""
+        return asdict(self)
 
 
 def keep_freed_memory() -> bool:
@@ -34,18 +62,58 @@ def timed(call: Callable[[], _Result]) -> tuple[_Result, float]:
     return result, time.perf_counter() - start
 
 
-def interleaved(calls: Sequence[Callable[[], object]], rounds: int, seconds: float) -> list[float]:
-    """The median seconds of each call, all called in turn, for at least so many rounds and so many seconds.
+def interleaved(calls: Sequence[_Call], rounds: int, seconds: float, device: str) -> list[Spread]:
+    """The seconds of each call, all called in turn, for at least so many rounds and so many seconds.
 
-    Taking turns lets a change in the machine's speed fall on all of them; one round to warm up is not
-    counted. A result is freed right after its timing, so that the next call can have the memory. Tensors that
-    fit the cache are found there.
+    Taking turns lets a change in the machine's speed fall on all of them; two rounds to warm up are not
+    counted. A result is freed right after its timing, so that the next call can have the memory. On the CPU
+    tensors that fit the cache are found there; on CUDA nothing is.
     """
-    for call in calls:
-        call()
-    times: list[list[float]] = [[] for _ in calls]
+    one_round = _CudaRounds() if device == "cuda" else _cpu_round
+    for _ in range(2):
+        one_round(calls)
+    times: list[list[float]] = []
     start = time.perf_counter()
-    while len(times[0]) < rounds or time.perf_counter() - start < seconds:
-        for call, taken in zip(calls, times, strict=True):
-            taken.append(timed(call)[1])
-    return [statistics.median(taken) for taken in times]
+    while len(times) < rounds or time.perf_counter() - start < seconds:
+        times.append(one_round(calls))
+    return [Spread.of(taken) for taken in zip(*times, strict=True)]
+
+
+def _cpu_round(calls: Sequence[_Call]) -> list[float]:
+    return [timed(call)[1] for call in calls]
+
+
+class _CudaRounds:
+    """Rounds on the current CUDA stream, timed by its events: what the GPU takes, and nothing that the host does.
+
+    A kernel that only spins goes first, for as long as the host needs to queue the whole round behind it. A buffer
+    of twice the L2 cache is written before each call, so that no call finds there what another one left.
+    """
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self._flush = torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device="cuda")
+        self._spin = _FIRST_SPIN
+
+    def __call__(self, calls: Sequence[_Call]) -> list[float]:
+        """The seconds of each call."""
+        while True:
+            spun, pairs = self._queue(calls)
+            ran_dry = spun.query()
+            torch.cuda.synchronize()
+            if not ran_dry or self._spin >= _LONGEST_SPIN:  # a call that waits for the GPU has no queue to fill
+                return [1e-3 * start.elapsed_time(end) for start, end in pairs]
+            self._spin *= 2
+
+    def _queue(self, calls: Sequence[_Call]) -> tuple[torch.cuda.Event, list[tuple[torch.cuda.Event, ...]]]:
+        """The event after the spin, and those around each call."""
+        spun = torch.cuda.Event()
+        pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in calls]
+        torch.cuda._sleep(self._spin)
+        spun.record()
+        for call, (start, end) in zip(calls, pairs, strict=True):
+            self._flush.zero_()
+            start.record()
+            call()
+            end.record()
+        return spun, pairs

@@ -1,0 +1,137 @@
+"""The true CUDA extension, built for four architectures: no GPU is needed for that, nor to look at what nvcc made."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ARCHS = {"sm_80", "sm_90", "sm_100", "sm_120"}
+INSTANCES = 64  # kernels for each architecture: 2 directions, 4 dtypes, 4 tiles, 2 strategies
+
+pytestmark = [
+    pytest.mark.bnext("about bnext's CUDA kernels"),
+    pytest.mark.only("cpu", "builds on the CPU"),
+    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a checkout"),
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH"),
+]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with the package, and what the build printed."""
+    folder = tmp_path_factory.mktemp("cuda")
+    environment = {**os.environ, "BNEXT_FORCE_CUDA": "1", "NVCC_APPEND_FLAGS": "-Xptxas -v -Werror all-warnings"}
+    for name in ("BNEXT_FORCE_CPU", "TORCH_CUDA_ARCH_LIST"):
+        environment.pop(name, None)
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", folder, "--build-temp", folder / "temp"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-5000:]
+    for source in (ROOT / "bnext").glob("*.py"):
+        shutil.copy(source, folder / "bnext")
+    return folder, run.stdout
+
+
+def test_loads_without_a_gpu(built):
+    """It links, loads, knows its architectures, has the ops for both devices, and its CPU kernels work."""
+    code = """
+import torch, bnext
+print(bnext.__file__)
+print(bnext._C.cuda_archs)
+for op in ("train", "eval", "backward"):
+    for key in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bnext::batch_norm_{op}", key)
+x = torch.randn(4, 3, 5, 5)
+torch.testing.assert_close(
+    bnext.batch_norm(x, None, None, training=True), torch.nn.functional.batch_norm(x, None, None, training=True)
+)
+"""
+    folder, _ = built
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [str(folder / "bnext/__init__.py"), "8.0;9.0;10.0;12.0+PTX"]
+
+
+def test_nothing_spills(built):
+    """Registers suffice, and the number of instances is what it is meant to be."""
+    entry = re.compile(
+        r"Compiling entry function '(\S+)' for '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    found = entry.findall(built[1])
+    assert Counter(arch for _, arch, *_ in found) == dict.fromkeys(ARCHS, INSTANCES)
+    for name, arch, *bytes_of_memory, registers in found:
+        assert bytes_of_memory == ["0", "0", "0"], (name, arch)
+        assert int(registers) <= 128, (name, arch)
+
+
+@cache
+def disassembly(library: Path, arch: str) -> dict[str, Counter[str]]:
+    """How often each kernel has each access to global memory, by the kernel's template arguments."""
+    spec = find_spec("nvidia")
+    folders = [Path(p) / "cu13/bin" for p in (spec.submodule_search_locations or [])] if spec else []
+    path = os.pathsep.join([*map(str, folders), os.environ["PATH"]])
+    if shutil.which("cuobjdump", path=path) is None:
+        pytest.fail("cuobjdump is not there: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    sass = subprocess.run(
+        [shutil.which("cuobjdump", path=path), "-sass", "-arch", arch, library],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    named = subprocess.run(["c++filt"], input=sass, capture_output=True, text=True, check=True).stdout
+    kernels = {}
+    for text in re.split(r"\n\s*Function : ", named)[1:]:
+        name = re.search(r"kernel<(.*)>\(", text.split("\n", 1)[0])
+        assert name is not None
+        plain = re.sub(r"bnext::(cuda|device)::", "", name[1])
+        kernels[plain] = Counter(re.findall(r"\b(?:LDG|STG)\.[A-Z0-9.]+", text))
+    return kernels
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHS))
+def test_tensors_move_16_bytes_at_a_time(built, arch):
+    """In the kernels for whole packs. Tensors are read through the read-only cache, [C] arrays are not."""
+    (library,) = (built[0] / "bnext").glob("_C*.so")
+    kernels = disassembly(library, arch)
+    assert len(kernels) == INSTANCES
+    whole = {name: accesses for name, accesses in kernels.items() if re.search(r"<[A-Za-z0-9]+, true>", name)}
+    assert len(whole) == INSTANCES // 2
+    for name, accesses in whole.items():
+        backward, half, columns = name.startswith("Backward"), "16" in name, "ChannelsLast" in name
+        resident = re.search(r"true>, true", name) is not None
+        unrolled = 2 if backward and half and columns else 4
+        tensors = 2 if backward else 1
+        wide = {kind: n for kind, n in accesses.items() if "128" in kind}
+        loads = sum(n for kind, n in wide.items() if kind.startswith("LDG"))
+        stores = sum(n for kind, n in wide.items() if kind.startswith("STG"))
+        assert loads == unrolled * tensors * (1 if resident else 2), (name, accesses)
+        assert stores == unrolled * (3 if backward else 1), (name, accesses)  # in training, and twice in evaluation
+        narrow = [kind for kind in accesses if "CONSTANT" in kind and "128" not in kind]
+        assert narrow == [], (name, narrow)
+        if not columns:  # what is left are [C] arrays of either dtype; the packs of a tensor would be 32 of these
+            assert accesses["LDG.E.U16"] <= 16, (name, accesses)
+            assert accesses["STG.E.U16"] <= 4, (name, accesses)

@@ -16,6 +16,7 @@ from torch import Tensor
 import bnext
 
 is_bnext = True
+cuda_kernels = False  # whether bnext's CUDA kernels run, on a GPU or executed on the CPU
 has_functional = True  # a function of its own, not one made of the classes
 batch_norm: Callable[..., Tensor] = bnext.batch_norm
 _classes: dict[str, type | None] = {}

@@ -7,15 +7,20 @@ import warnings
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from helpers import assert_same_state, layers
+from helpers import DEVICE, assert_same_state, layers
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._triton import has_triton
 
 import bnext
 
 pytestmark = pytest.mark.bnext("compiles bnext.ops")
 
 inductor = pytest.param(
-    "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+    "inductor",
+    marks=[
+        pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler"),
+        pytest.mark.skipif(DEVICE.type == "cuda" and not has_triton(), reason="inductor needs triton on CUDA"),
+    ],
 )
 
 
@@ -25,6 +30,7 @@ def fresh_compiler():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own, while it compiles
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="TensorFloat32")  # inductor's, where CUDA is not told to use it
         yield
 
 

@@ -1,12 +1,16 @@
-"""What torch refuses, bnext refuses: the same class of error, naming the argument, before anything is written."""
+"""What torch refuses, bnext refuses: the same class of error, naming the argument, before anything is written.
 
+What torch refuses is what it refuses on the CPU: its CUDA kernels take more of what is wrong, by their own lights.
+"""
+
+import functools
 import math
 
 import pytest
 import subject
 import torch
 import torch.nn.functional as F
-from helpers import layers
+from helpers import DEVICE, layers
 
 NAMES = ("running_mean", "running_var", "weight", "bias")
 
@@ -144,6 +148,21 @@ def needs_functional():
         pytest.skip("the errors of F.batch_norm: needs --functional")
 
 
+def on_cpu(given):
+    """The same arguments with their tensors on the CPU, but for those on meta."""
+    real = {k: v for k, v in given.items() if isinstance(v, torch.Tensor) and not v.is_meta}
+    return {**given, **{k: v.detach().cpu().requires_grad_(v.requires_grad) for k, v in real.items()}}
+
+
+def pair(*arguments, **keywords):
+    """(layer, device) of the subject's, and of torch's on the CPU."""
+    ours, theirs = layers(*arguments, **keywords)
+    return (ours, DEVICE), (theirs.cpu(), "cpu")
+
+
+assert_close = functools.partial(torch.testing.assert_close, equal_nan=True, check_device=False)
+
+
 def outcome(batch_norm, given):
     """Result or error, and the buffers afterwards."""
     copies = {k: v.clone() if isinstance(v, torch.Tensor) and not v.requires_grad else v for k, v in given.items()}
@@ -159,7 +178,7 @@ def test_refused(name):
     needs_functional()
     changes, named = REFUSED[name]
     given = arguments(**changes)
-    theirs, *_ = outcome(F.batch_norm, given)
+    theirs, *_ = outcome(F.batch_norm, on_cpu(given))
     ours, *buffers = outcome(subject.batch_norm, given)
     assert isinstance(theirs, Exception), "torch accepts this"
     assert type(ours) is type(theirs), f"{ours!r} is not {theirs!r}"
@@ -175,11 +194,11 @@ def test_refused(name):
 def test_accepted(name):
     needs_functional()
     given = arguments(**ACCEPTED[name])
-    theirs, ours = outcome(F.batch_norm, given), outcome(subject.batch_norm, given)
+    theirs, ours = outcome(F.batch_norm, on_cpu(given)), outcome(subject.batch_norm, given)
     for a, b in zip(ours, theirs, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
-            torch.testing.assert_close(a, b, equal_nan=True)
+            assert_close(a, b)
 
 
 @pytest.mark.parametrize(
@@ -193,10 +212,10 @@ def test_accepted(name):
     ids=["one value", "channels", "int32", "float64"],
 )
 def test_a_refused_batch_is_counted(input, error):
-    for layer in layers(5):
+    for layer, device in pair(5):
         before = {k: v.clone() for k, v in layer.state_dict().items()}
         with pytest.raises(error):
-            layer(input)
+            layer(input.to(device))
         assert layer.num_batches_tracked == before["num_batches_tracked"] + 1
         for key in ("running_mean", "running_var"):
             assert torch.equal(layer.state_dict()[key], before[key])
@@ -222,11 +241,11 @@ def test_attributes_set_later(name, value, training):
     """Result or class of error, buffers and counter, all as torch's."""
     x = torch.randn(4, 5, 3, 3)
     found = []
-    for layer in layers(5):
+    for layer, device in pair(5):
         layer.train(training)
         setattr(layer, name, value)
         try:
-            result = layer(x)
+            result = layer(x.to(device))
         except Exception as error:
             result = error
         found.append((result, list(layer.buffers())))
@@ -234,10 +253,11 @@ def test_attributes_set_later(name, value, training):
     if isinstance(theirs, Exception):
         assert type(ours) is type(theirs), f"{ours!r} is not {theirs!r}"
     else:
-        torch.testing.assert_close(ours, theirs, equal_nan=True)
-    torch.testing.assert_close(buffers, expected, equal_nan=True)
+        assert_close(ours, theirs)
+    assert_close(buffers, expected)
 
 
+@pytest.mark.only("cpu", "on CUDA the counter is read by the kernel, which cannot raise")
 def test_a_counter_that_comes_to_zero():
     for layer in layers(5, momentum=None):
         layer.num_batches_tracked.fill_(-1)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_same_state, by_mode, layers, values
+from helpers import DEVICE, assert_same_state, by_mode, layers, values
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -73,10 +73,10 @@ def test_saved_tensors_live_elsewhere(training):
         expected, shelf = gradients(layer(x), layer, x), []
 
         def pack(t):
-            shelf.append(t.detach().numpy().copy())
+            shelf.append(t.detach().cpu().numpy().copy())
             return len(shelf) - 1
 
-        for hooks in (saved_tensors_hooks(pack, lambda i: torch.from_numpy(shelf[i])), save_on_cpu()):
+        for hooks in (saved_tensors_hooks(pack, lambda i: torch.from_numpy(shelf[i]).to(DEVICE)), save_on_cpu()):
             with hooks:
                 y = layer(x)
             assert all(torch.equal(a, b) for a, b in zip(gradients(y, layer, x), expected, strict=True))

@@ -11,7 +11,10 @@ import pytest
 
 import bnext
 
-pytestmark = pytest.mark.bnext("bnext's instruction sets")
+pytestmark = [
+    pytest.mark.bnext("bnext's instruction sets"),
+    pytest.mark.only("cpu", "about the CPU kernels' instruction sets"),
+]
 
 OBJECTS = [*(Path(__file__).parent.parent / "build").glob("temp.*/csrc/cpu/*.o")]
 UNITS = {"scalar": ["scalar"], "avx2": ["scalar", "avx2"]}.get(bnext.ops.cpu_isa, ["scalar", "avx2", "avx512"])

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import subject
 import torch
-from helpers import assert_same_state, bnext_ops, layers, modules, values
+from helpers import DEVICE, assert_same_state, bnext_ops, layers, modules, values
 from torch import nn
 
 DIMS = (1, 2, 3)
@@ -164,7 +164,7 @@ def test_rank_errors(dim, rank):
 
 def test_device_and_dtype_keywords():
     for dtype in (torch.float64, torch.float32):
-        layer = subject.BatchNorm2d(5, device="cpu", dtype=dtype)
+        layer = subject.BatchNorm2d(5, device=DEVICE, dtype=dtype)
         assert layer.weight.dtype == layer.bias.dtype == layer.running_var.dtype == dtype
         assert layer.num_batches_tracked.dtype == torch.int64
         assert layer(values(SHAPES[2], dtype)).dtype == dtype

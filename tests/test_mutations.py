@@ -9,6 +9,7 @@ from torch.utils.cpp_extension import get_cxx_compiler
 
 pytestmark = [
     pytest.mark.bnext("mutates bnext's sources"),
+    pytest.mark.only("cpu", "mutates the CPU kernels and what is common to all, and judges it on the CPU"),
     pytest.mark.skipif(not (CHECKOUT / "setup.py").exists(), reason="not in a checkout"),
 ]
 needs_compiler = pytest.mark.skipif(shutil.which(get_cxx_compiler()) is None, reason="needs a C++ compiler")

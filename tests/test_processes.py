@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 SHAPE = (4, 5, 3, 6)
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+no_fork_on_cuda = pytest.mark.only("cpu", "CUDA does not work in a forked process")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 multithreaded_fork = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12 on
 
 
@@ -80,7 +81,8 @@ def in_a_fork(action):
     return os.waitpid(child, 0)[1]
 
 
-@forks
+@no_fork_on_cuda
+@needs_fork
 @multithreaded_fork
 def test_fork_after_use():
     layer, x = layers(16)[0], values((32, 16, 28, 28), torch.float32)
@@ -98,7 +100,8 @@ def test_fork_after_use():
     five_steps(layer, x)  # the parent's threads are still there
 
 
-@forks
+@no_fork_on_cuda
+@needs_fork
 @multithreaded_fork
 def test_a_data_loader_worker_runs_a_layer():
     layer, theirs = layers()
@@ -120,6 +123,8 @@ def test_a_data_loader_worker_runs_a_layer():
 def train_in_a_child(layer, x, output):
     torch.set_num_threads(1)
     output.copy_(layer(x).detach())
+    if output.is_cuda:
+        torch.cuda.synchronize()  # a process may end before its kernels do
 
 
 @by_mode

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import subject
 import torch
-from helpers import HALF, assert_accurate, assert_same_state, modules
+from helpers import DEVICE, HALF, OUTPUTS, assert_accurate, assert_same_state, assert_strides, modules
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 from torch.testing import assert_close
@@ -21,7 +21,7 @@ with warnings.catch_warnings():
 
 DIMS = (1, 2, 3)
 INFOS = {dim: next(info for info in module_db if info.module_cls is modules(dim)[1]) for dim in DIMS}
-OPS = [op for op in op_db if op.name == "nn.functional.batch_norm"]  # variants for one device have no CPU dtypes
+OPS = [op for op in op_db if op.name == "nn.functional.batch_norm" and not op.variant_test_name]
 FORMATS = {4: [torch.contiguous_format, torch.channels_last], 5: [torch.contiguous_format, torch.channels_last_3d]}
 
 by_check = pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
@@ -36,13 +36,13 @@ def settings(only=None):
     return [
         pytest.param((dim, dtype, training), id=f"{dim}d-{words(dtype, training)}")
         for dim, training in itertools.product(DIMS, (True, False))
-        for dtype in INFOS[dim].supported_dtypes("cpu")
+        for dtype in INFOS[dim].supported_dtypes(DEVICE.type)
         if only in (None, dtype)
     ]
 
 
 def module_inputs(dim, dtype, training):
-    return INFOS[dim].module_inputs_func(INFOS[dim], "cpu", dtype, True, training)
+    return INFOS[dim].module_inputs_func(INFOS[dim], DEVICE.type, dtype, True, training)
 
 
 def by_module_input(only=None):
@@ -86,7 +86,7 @@ def test_as_torchs_module(case):
     for training in (case[2], not case[2], case[2]):
         ours.train(training), theirs.train(training)
         dy = torch.randn_like(x)
-        assert_close(outcome(ours, x, dy), outcome(theirs, x, dy), check_stride=True)
+        assert_close(outcome(ours, x, dy), outcome(theirs, x, dy), check_stride=x.is_cpu)
         assert_same_state(ours, theirs)
     if sample.reference_fn is not None:
         assert_close(ours(x), sample.reference_fn(ours, x))
@@ -96,7 +96,7 @@ def test_as_torchs_module(case):
 def test_factory_keywords(case):
     dim, dtype, _, index = case
     given = module_inputs(*case[:3])[index].constructor_input
-    for device in ("cpu", "meta"):
+    for device in (DEVICE.type, "meta"):
         found = []
         for cls in modules(dim):
             with torch.device(device):
@@ -138,7 +138,7 @@ def test_to(case, swap, monkeypatch):
     assert same[0] == same[1]
     assert_same_state(ours, theirs)
     assert_close(ours(x), theirs(x))
-    ours.to("meta").to_empty(device="cpu").load_state_dict(theirs.state_dict())
+    ours.to("meta").to_empty(device=DEVICE.type).load_state_dict(theirs.state_dict())
     assert_close(ours(x), theirs(x))
     assert_same_state(ours, theirs)
 
@@ -185,7 +185,7 @@ def test_module_gradients(case, check):
 @pytest.mark.parametrize("setting", settings())
 def test_module_errors(setting):
     info = INFOS[setting[0]]
-    errors = info.module_error_inputs_func(info, "cpu", setting[1], True, setting[2])
+    errors = info.module_error_inputs_func(info, DEVICE.type, setting[1], True, setting[2])
     assert errors
     for error in errors:
         assert error.error_on is ModuleErrorEnum.FORWARD_ERROR
@@ -197,7 +197,7 @@ def test_module_errors(setting):
 
 def op_inputs(op, dtype, requires_grad=False):
     """Sample inputs and, where the entry has more, reference inputs: the same values from call to call."""
-    return list(op.reference_inputs("cpu", dtype, requires_grad=requires_grad))
+    return list(op.reference_inputs(DEVICE.type, dtype, requires_grad=requires_grad))
 
 
 def by_op_input(only=None):
@@ -207,7 +207,7 @@ def by_op_input(only=None):
             op, dtype, i, id=f"{words(dtype, s.kwargs.get('training'))}-{'x'.join(map(str, s.input.shape))}-{i}"
         )
         for op in OPS
-        for dtype in sorted(op.supported_dtypes("cpu"), key=str)
+        for dtype in sorted(op.supported_dtypes(DEVICE.type), key=str)
         if only in (None, dtype)
         for i, s in enumerate(op_inputs(op, dtype))
     ]
@@ -232,12 +232,12 @@ def test_as_torchs_function(op, dtype, index, requires_grad, strided):
         if requires_grad:
             output.backward(torch.ones_like(output).cumsum(0))
         found.append([output.detach(), *tensors[1:3], *(t if t is None else t.grad for t in leaves)])
-    for ours, theirs, oracle in zip(*found, strict=True):
+    for name, ours, theirs, oracle in zip(OUTPUTS, *found, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
-            assert ours.stride() == theirs.stride()
+            assert_strides(name, ours, theirs, sample.input)
             if dtype in HALF:
-                assert_accurate(op.name, ours, theirs, oracle)
+                assert_accurate(name, ours, theirs, oracle)
             else:
                 assert_close(ours, theirs)
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.bnext("the options, by a run inside a run")
+pytestmark = [
+    pytest.mark.bnext("the options, by a run inside a run"),
+    pytest.mark.only("cpu", "about the suite's options, by runs on the CPU"),
+]
 
 THEIRS = textwrap.dedent("""
     import torch
@@ -39,7 +42,7 @@ def suite(tmp_path, *arguments):
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=Path(__file__).parent.parent,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,
@@ -77,10 +80,11 @@ def test_what_is_not_there_is_skipped_by_name(tmp_path):
         (["--bn", "theirs"], "--bn: expected MODULE:NAME, got 'theirs'"),
         (["--bn", "theirs:Nothing"], "--bn: module 'theirs' has no attribute 'Nothing'"),
         (["--functional", "nowhere:f"], "--functional: No module named 'nowhere'"),
+        (["--device", "cuda"], "--device cuda: torch finds no NVIDIA GPU here"),
     ],
     ids=str,
 )
-def test_a_wrong_name_is_one_sentence(arguments, sentence, tmp_path):
+def test_what_is_not_there_is_one_sentence(arguments, sentence, tmp_path):
     result = suite(tmp_path, "tests/test_running_stats.py", *arguments)
     assert result.returncode == 4
     assert sentence in result.stderr

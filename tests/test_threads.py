@@ -12,7 +12,10 @@ from helpers import by_dtype, by_layout, by_mode, channel_arguments, in_layout, 
 
 import bnext
 
-pytestmark = pytest.mark.bnext("torch's own bits depend on the threads")
+pytestmark = [
+    pytest.mark.bnext("torch's own bits depend on the threads"),
+    pytest.mark.only("cpu", "about the CPU kernels' threads"),
+]
 
 # Many channels, few channels with large planes, one channel, one image, many rows.
 SHAPES = [(8, 64, 14, 14), (4, 3, 128, 130), (1, 1, 300, 301), (1, 33, 70, 70), (20000, 5), (6, 2048, 7, 7)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    DEVICE,
     HALF,
     assert_same_state,
     bnext_ops,
@@ -65,7 +66,7 @@ def test_half_precision(kind, half, training):
             norm.register_forward_hook(lambda m, a, y: seen.append((a[0].dtype, y.dtype, m.running_var.dtype)))
         mine = type(norms(model)[0]) is modules()[0]
         with bnext_ops(op, op, "backward", "backward") if mine else contextlib.nullcontext():
-            with torch.autocast("cpu", half, enabled=kind == "autocast"):
+            with torch.autocast(DEVICE.type, half, enabled=kind == "autocast"):
                 y = model(x)
             y.float().square().mean().backward()
         found.append(
@@ -80,7 +81,7 @@ def test_overflowing_gradients_reach_neither_parameters_nor_buffers():
     models, x, scales = networks(), batch(), []
     for model in models:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=64.0)
         for overflow in (False, True, False):
             before = copy.deepcopy(norms(model)[0].weight)
             optimizer.zero_grad()

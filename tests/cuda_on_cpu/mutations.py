@@ -27,13 +27,11 @@ csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_
 -     __syncthreads();
 +     if (tile.lane() == 0) op.finish(tile, part, true);
 
-barrier-between-slabs: the next slab's factors overwrite those still in use
+barrier-between-tasks: the next task's factors overwrite those still in use
 csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
--     op.apply(tile);
+-     if (op.applies()) op.apply(tile);
 -     __syncthreads();
--   }
-+     op.apply(tile);
-+   }
++     if (op.applies()) op.apply(tile);
 
 grid-barrier: blocks combine partial results that other blocks have not written yet
 csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits

@@ -3,8 +3,8 @@
 //   begin()                           once a launch, by one thread, before anything else
 //   waits(), reduces(), applies()     whether what begin() wrote is read by a resident op; which phases there are
 //   reduce(tile, part)                this thread's partial results
-//   finish(tile, part, writes)        by lane 0 of each channel: from the sums to factors; if it writes, all results
-//   [C] apply(tile)                       writes the tensor [N, C, S]
+//   finish(tile, part, writes)        by lane 0 of each channel: sums to factors; if it writes, all results [C] too
+//   apply(tile)                       writes the tensor [N, C, S]
 #pragma once
 
 #include "reduce.cuh"
@@ -31,7 +31,8 @@ struct Memory {
   }
 };
 
-// A block takes slab after slab and reads each once.
+// A block takes slab after slab and reads each once. What the next slab's combination writes is safe: every thread has
+// passed a barrier since it was read.
 template <class Op>
 __device__ __forceinline__ void run_resident(const Op& op, const Work& w) {
   using Tile = typename Op::Tile;
@@ -45,7 +46,6 @@ __device__ __forceinline__ void run_resident(const Op& op, const Work& w) {
     if (tile.lane() == 0) op.finish(tile, part, true);
     __syncthreads();
     op.apply(tile);
-    __syncthreads();
   }
 }
 

@@ -231,7 +231,7 @@ class Planner {
   }
 
   // Passes over memory, by the share of the multiprocessors that is busy. What the second-level cache holds is read
-  // again for less than half the price, and a grid barrier costs as much as some megabytes. Both prices are estimates.
+  // again for less than half the price: an estimate. A grid barrier counts nothing yet.
   double cost(const Plan& p) const {
     const std::int64_t tensor = r.N * r.C * r.S * itemsize(r.dtype), tensors = r.backward ? 2 : 1;
     const double again = p.strategy == Strategy::streaming ? (tensor * tensors <= d.l2 / 2 ? 0.4 : 1.0) : 0.0;

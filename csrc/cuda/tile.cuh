@@ -28,9 +28,9 @@ struct Divisor {
 
 // What kernels need to know of a plan.
 struct Work {
-  int64_t C, S, rows, elements;  // channels, elements of a plane, rows of a slab, elements of a tensor
-  int64_t chunk, chunks_end;     // slots (planar) or rows (channels_last) of a task, and of a slab
-  Divisor row_slots;             // planar: slots of a row
+  int64_t C, S, elements;     // channels, elements of a plane, elements of a tensor
+  int64_t chunk, chunks_end;  // slots (planar) or rows (channels_last) of a task, and of a slab
+  Divisor row_slots;          // planar: slots of a row
   int64_t slabs, splits;
   int width;
   bool packs;
@@ -41,7 +41,6 @@ struct Work {
   Work(const Request& r, const Plan& plan, void* scratch)
       : C(r.C),
         S(r.S),
-        rows(slab_rows(r)),
         elements(r.N * r.C * r.S),
         row_slots(cuda::row_slots(r, Sizes(r, plan.whole), plan.whole, plan.width)),
         slabs(plan.slabs),
@@ -52,7 +51,7 @@ struct Work {
         apply(true),
         scratch(scratch) {
     const Sizes sizes(r, plan.whole);
-    chunks_end = r.layout == Layout::planar ? rows * row_slots.divisor : rows;
+    chunks_end = slab_rows(r) * (r.layout == Layout::planar ? row_slots.divisor : 1);
     chunk = ceil_div(chunks_end, splits);
     const int64_t factors = plan.width * sizes.columns * sizes.factor;
     work_bytes = static_cast<int>(working_bytes(r, sizes, plan.width, plan.threads) - factors);

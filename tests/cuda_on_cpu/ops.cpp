@@ -107,14 +107,8 @@ py::dict planned() {
   py::dict d;
   if (!last_plan) return d;
   d["strategy"] = last_plan->strategy == Strategy::resident ? "resident" : "streaming";
-  d["whole"] = last_plan->whole;
-  d["splits"] = last_plan->splits;
-  d["slabs"] = last_plan->slabs;
-  d["blocks"] = last_plan->blocks;
   d["launches"] = last_plan->launches;
   d["cooperative"] = last_plan->cooperative;
-  d["read"] = last_plan->read;
-  d["written"] = last_plan->written;
   return d;
 }
 

@@ -24,6 +24,7 @@ test-all: build
 
 bench: build
 	$(PYTHON) -m bench
+	$(PYTHON) -m bench train
 
 # Builds, tests and measures on the NVIDIA GPU at hand, in less than eight minutes; reports into OUT.
 gpu-check: $(ENVIRONMENT)

@@ -1,12 +1,15 @@
-"""What is measured: the batch norm layers of ResNet-50, and the tensors that go in."""
+"""What is measured: a case, and the tensors that go in."""
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-MODES = ("fwd", "bwd", "eval")  # training forward, training backward, inference forward
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+MODES = ("fwd", "bwd", "fwd_bwd", "eval")  # training forward, its backward, both, inference forward
+LAYOUTS = ("nchw", "nhwc")
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -15,40 +18,51 @@ DTYPES = {
 }
 MOMENTUM, EPS = 0.1, 1e-5  # the defaults of torch.nn.BatchNorm2d
 
+_PASSES = {"fwd": 2, "bwd": 3, "fwd_bwd": 5, "eval": 2}
+
 
 @dataclass(frozen=True)
 class Case:
-    """One layer: the shape C x H x W of an image, and how often the network has it."""
+    """One layer in one mode: shape N, C and any spatial sizes; count is how often its network has the layer."""
 
-    channels: int
-    height: int
-    width: int
-    count: int = 1
+    suite: str
+    layer: str
+    shape: tuple[int, ...]
+    count: int
+    mode: str
+    layout: str
+    dtype: str
+    device: str
+    threads: int
 
-    def __str__(self) -> str:
-        return f"{self.channels}x{self.height}x{self.width}"
+    @property
+    def bytes(self) -> int:
+        """What must move of the tensors [N, C, ...]: fwd and eval read x, write y; bwd reads x and dy, writes dx.
+
+        fwd_bwd is the sum of fwd and bwd. What is read or written per channel is not counted.
+        """
+        return _PASSES[self.mode] * math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, and bytes."""
+        return asdict(self) | {"shape": list(self.shape), "bytes": self.bytes}
 
 
-# He et al. 2016, table 1, for 224 x 224 images; v1.5: the stride of a bottleneck is in its 3x3 convolution.
-RESNET50 = (
-    Case(64, 112, 112, 1),
-    Case(64, 56, 56, 6),
-    Case(256, 56, 56, 4),
-    Case(128, 56, 56, 1),
-    Case(128, 28, 28, 7),
-    Case(512, 28, 28, 5),
-    Case(256, 28, 28, 1),
-    Case(256, 14, 14, 11),
-    Case(1024, 14, 14, 7),
-    Case(512, 14, 14, 1),
-    Case(512, 7, 7, 5),
-    Case(2048, 7, 7, 4),
-)
+def shape_text(shape: Sequence[int]) -> str:
+    """32x64x56x56."""
+    return "x".join(map(str, shape))
+
+
+def memory_format(layout: str, dims: int) -> torch.memory_format | None:
+    """torch's name of a layout for so many dimensions; None where torch has no such format."""
+    if layout == "nchw":
+        return torch.contiguous_format
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(dims)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one layer: x and dy [N, C, H, W]; the others [C], in float32 for a half type as under autocast."""
+    """The tensors of one layer: x and dy [N, C, ...]; the others [C], in float32 for a half type as under autocast."""
 
     x: Tensor
     dy: Tensor
@@ -64,11 +78,11 @@ class Inputs:
         return replace(self, x=x, dy=dy, memory_format=memory_format)
 
 
-def make_inputs(case: Case, batch: int, dtype: torch.dtype, device: str) -> Inputs:
+def make_inputs(shape: Sequence[int], dtype: torch.dtype, device: str) -> Inputs:
     """Random inputs, the same in every run on a device; each channel of x has its own mean and spread."""
     rng = torch.Generator(device).manual_seed(0)
-    channels = case.channels
-    shape = (batch, channels, case.height, case.width)
+    channels = shape[1]
+    per_channel = (channels, *[1] * (len(shape) - 2))
     param_dtype = dtype if dtype.itemsize > 2 else torch.float32
 
     def normal(*size: int, dtype: torch.dtype = param_dtype) -> Tensor:
@@ -77,6 +91,6 @@ def make_inputs(case: Case, batch: int, dtype: torch.dtype, device: str) -> Inpu
     def positive() -> Tensor:
         return torch.rand(channels, generator=rng, dtype=param_dtype, device=device) + 0.5
 
-    x = normal(*shape, dtype=dtype).mul_(positive().view(-1, 1, 1)).add_(normal(channels, 1, 1))
+    x = normal(*shape, dtype=dtype).mul_(positive().view(per_channel)).add_(normal(*per_channel))
     dy = normal(*shape, dtype=dtype)
     return Inputs(x, dy, positive(), normal(channels), normal(channels), positive())

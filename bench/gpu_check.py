@@ -23,8 +23,10 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench.cases import LAYOUTS, MODES, RESNET50
-from bench.gpu_report import SCHEMA, markdown
+from bench.cases import LAYOUTS
+from bench.gpu_report import OURS, SCHEMA, markdown
+from bench.rows import OK
+from bench.suites import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,7 +34,10 @@ _ALL_SECONDS, _BUILD_SECONDS, _CHECK_SECONDS = 470, 115, 150
 _SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _BATCH = 256
 _DTYPES = ("bfloat16", "float16", "float32")
-_COMPILED = ("64,112,112", "256,56,56", "512,28,28", "2048,7,7")  # torch.compile takes seconds for each row
+_MODES = ("fwd", "bwd", "eval")
+_BACKENDS = "bnext,torch,torch-native"
+_COMPILED = ("64,112,112", "256,56,56", "512,28,28", "2048,7,7")  # torch.compile takes seconds for each case
+_CASE_SECONDS = "0.25"
 
 
 @dataclass
@@ -161,23 +166,24 @@ def checks(logs: Path) -> list[Step]:
 
 
 def measurements(logs: Path, deadline: float) -> tuple[list[Step], list[dict[str, Any]]]:
-    """The benchmark's runs, which share the time that is left, and their rows."""
-    shapes = [word for shape in _COMPILED for word in ("--shape", shape)]
-    runs = [(dtype, ["--no-compile"], len(RESNET50)) for dtype in _DTYPES]
-    runs.append((_DTYPES[0], shapes, len(_COMPILED)))
+    """The benchmark's runs, which share the time that is left, and their rows, without the single timings."""
+    resnet50 = ["--suite", "resnet50", "--batch", str(_BATCH), "--backend", _BACKENDS]
+    runs = [(f"bench {dtype}", dtype, resnet50, len(SUITES["resnet50"].layers)) for dtype in _DTYPES]
+    compiled = [word for shape in _COMPILED for word in ("--shape", f"{_BATCH},{shape}")]
+    compiled += ["--backend", f"{_BACKENDS},compile"]
+    runs.append((f"bench {_DTYPES[0]} with torch.compile", _DTYPES[0], compiled, len(_COMPILED)))
     steps, rows = [], []
-    for i, (dtype, options, count) in enumerate(runs):
-        name = f"bench {dtype}" + ("" if "--no-compile" in options else " with torch.compile")
+    for i, (name, dtype, options, shapes) in enumerate(runs):
         file = logs / f"bench-{i}.json"
         file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "bench", "layers", "--device", "cuda", "--dtype", dtype]
-        command += ["--batch", str(_BATCH), "--json", str(file), *options]
+        command = [sys.executable, "-m", "bench", "--device", "cuda", "--dtype", dtype, "--mode", ",".join(_MODES)]
+        command += ["--min-time", _CASE_SECONDS, "--timeout", _CASE_SECONDS, "--json", str(file), *options]
         budget = (deadline - time.monotonic()) / (len(runs) - i)
         code, seconds = execute(command, logs / f"bench-{i}.log", budget)
-        found = json.loads(file.read_text()) if file.exists() else []
-        rows += found
-        measured = sum(not row["fault"] for row in found)
-        detail = f"{measured} of {count * len(LAYOUTS) * len(MODES)} rows measured; logs/bench-{i}.log"
+        found = json.loads(file.read_text())["rows"] if file.exists() else []
+        rows += [{key: value for key, value in row.items() if key != "samples"} for row in found]
+        measured = sum(row["backend"] == OURS and row["status"] == OK for row in found)
+        detail = f"{measured} of {shapes * len(LAYOUTS) * len(_MODES)} cases measured; logs/bench-{i}.log"
         steps.append(Step(name, _verdict(code), seconds, detail))
     return steps, rows
 

@@ -4,19 +4,24 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-SCHEMA = 1  # of gpu-report.json: the keys environment, steps and rows, with times in seconds
+from bench.cases import shape_text
+from bench.rows import FLOOR, OK
+
+SCHEMA = 2  # of gpu-report.json: the keys environment, steps and rows; rows as in the benchmark's JSON, but no samples
+OURS = "bnext"
 
 _Row = dict[str, Any]
+_Case = dict[str, _Row]  # the rows of a case that have figures, by backend
 
+_TORCHS, _COMPILE = ("torch", "torch-native"), "compile"
 _UNITS = {"memory": (2**30, "GiB"), "l2_cache": (2**20, "MiB")}
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole page."""
     facts, steps, rows = report["environment"], report["steps"], report["rows"]
-    measured = [row for row in rows if not row["fault"]]
-    plain = [row for row in measured if "compile" not in row["seconds"]]
-    compiled = [row for row in measured if "compile" in row["seconds"]]
+    cases = _cases(rows)
+    compiled = {_key(row) for row in rows if row["backend"] == _COMPILE}
     parts = [
         f"# bnext on {facts['device']}, {facts['date']}",
         "\n".join(f"- {name.replace('_', ' ')}: {_fact(name, value)}" for name, value in facts.items()),
@@ -29,24 +34,39 @@ def markdown(report: dict[str, Any]) -> str:
     failed = [test for step in steps for test in step["failed_tests"]]
     if failed:
         parts += ["## Tests that failed", _list(failed)]
-    faults = [f"{_name(row)}: {row['fault']}" for row in rows if row["fault"]]
+    faults = [f"{_name(row)} {row['backend']}: {row['status']}: {row['detail']}" for row in rows if row["status"] != OK]
     if faults:
         parts += ["## Rows without figures", _list(faults)]
-    parts += ["## Where bnext is slower than torch", _slower(measured)]
+    parts += ["## Where bnext is slower than torch", _slower(list(cases.values()))]
     parts += [
         "## Figures",
-        "Median microseconds. torch: F.batch_norm as it comes; native: the same without cuDNN; floor: a copy of x "
-        "(backward: x and dy read, their sum written). GB/s: of bnext, 2 passes over x (backward: 3). Nothing is in "
-        "the L2 cache beforehand. Parameters and running buffers of half types are float32.",
+        "Median microseconds. torch: F.batch_norm as it comes; torch-native: the same without cuDNN; floor: a copy of "
+        "x (backward: x and dy read, their sum written). GB/s: of bnext, 2 passes over x (backward: 3). passes and "
+        "plan: how often bnext expects to move x, and how. Nothing is in the L2 cache beforehand. Parameters and "
+        "running buffers of half types are float32.",
     ]
-    parts += _tables(plain, ("torch", "native"))
+    parts += _tables([case for key, case in cases.items() if key not in compiled], _TORCHS)
     parts += [
         "## Beside torch.compile",
         "torch.compile of F.batch_norm, and of its backward, for these shapes and this dtype only: "
-        "it compiles for seconds in each row.",
+        "it compiles for seconds in each case.",
     ]
-    parts += _tables(compiled, ("torch", "native", "compile"))
+    parts += _tables([case for key, case in cases.items() if key in compiled], (*_TORCHS, _COMPILE))
     return "\n\n".join(parts) + "\n"
+
+
+def _key(row: _Row) -> tuple[Any, ...]:
+    """What the rows of a case have in common."""
+    return (*(row[name] for name in ("suite", "dtype", "layout", "mode")), *row["shape"])
+
+
+def _cases(rows: Sequence[_Row]) -> dict[tuple[Any, ...], _Case]:
+    """The cases that have figures."""
+    found: dict[tuple[Any, ...], _Case] = {}
+    for row in rows:
+        if row["status"] == OK:
+            found.setdefault(_key(row), {})[row["backend"]] = row
+    return found
 
 
 def _fact(name: str, value: Any) -> str:
@@ -56,45 +76,60 @@ def _fact(name: str, value: Any) -> str:
     return f"{value / size:.0f} {unit}"
 
 
-def _slower(rows: Sequence[_Row]) -> str:
-    """The rows in which torch, with or without cuDNN, takes less time than bnext."""
+def _slower(cases: Sequence[_Case]) -> str:
+    """The cases in which torch, with or without cuDNN, takes less time than bnext."""
+    compared = [case for case in cases if OURS in case and any(name in case for name in _TORCHS)]
     slower = []
-    for row in rows:
-        who = min(("torch", "native"), key=lambda name: row["seconds"][name]["median"])
-        ratio = _ratio(row, who, "bnext")
+    for case in compared:
+        who = min((name for name in _TORCHS if name in case), key=lambda name: case[name]["seconds"]["median"])
+        ratio = _ratio(case, who, OURS)
         if ratio < 1:
-            slower.append(f"{_name(row)}: {who} / bnext {ratio:.2f}")
-    return f"{len(slower)} of {len(rows)} rows.\n\n{_list(slower)}".rstrip()
+            slower.append(f"{_name(case[OURS])}: {who} / bnext {ratio:.2f}")
+    return f"{len(slower)} of {len(compared)} cases.\n\n{_list(slower)}".rstrip()
 
 
-def _tables(rows: Sequence[_Row], others: Sequence[str]) -> list[str]:
-    """A heading and a table for each dtype, layout and mode, in the order in which they come."""
+def _tables(cases: Sequence[_Case], others: Sequence[str]) -> list[str]:
+    """A heading and a table for each dtype, layout and mode, in the order in which they come; "" is not known."""
     parts = []
-    for group in dict.fromkeys((row["dtype"], row["layout"], row["mode"]) for row in rows):
-        own = [row for row in rows if (row["dtype"], row["layout"], row["mode"]) == group]
-        pairs = [*((name, "bnext") for name in others), ("bnext", "floor")]
-        lines = [
-            (
-                row["shape"],
-                *(f"{1e6 * row['seconds'][name]['median']:.1f}" for name in (*others, "bnext", "floor")),
-                f"{row['bytes'] / row['seconds']['bnext']['median'] / 1e9:.0f}",
-                *(f"{_ratio(row, *pair):.2f}" for pair in pairs),
-            )
-            for row in own
-        ]
-        means = (math.exp(sum(math.log(_ratio(row, *pair)) for row in own) / len(own)) for pair in pairs)
-        lines.append(("geometric mean", *[""] * (len(others) + 3), *(f"{mean:.2f}" for mean in means)))
-        header = ("shape", *others, "bnext", "floor", "GB/s", *(f"{a} / {b}" for a, b in pairs))
-        parts += [f"### {', '.join(group)}, batch {own[0]['batch']}", _table(header, lines)]
+    backends = (*others, OURS, FLOOR)
+    pairs = [*((name, OURS) for name in others), (OURS, FLOOR)]
+    header = ("shape", *backends, "GB/s", *(f"{a} / {b}" for a, b in pairs), "passes", "plan")
+    groups: dict[tuple[str, ...], list[_Case]] = {}
+    for case in cases:
+        row = next(iter(case.values()))
+        groups.setdefault((row["dtype"], row["layout"], row["mode"]), []).append(case)
+    for group, own in groups.items():
+        lines = [_line(case, backends, pairs) for case in own]
+        means = [_mean([_ratio(case, *pair) for case in own if case.keys() >= set(pair)]) for pair in pairs]
+        lines.append(("geometric mean", *[""] * (len(backends) + 1), *means, "", ""))
+        parts += [f"### {', '.join(group)}", _table(header, lines)]
     return parts or ["None measured."]
 
 
-def _ratio(row: _Row, above: str, below: str) -> float:
-    return row["seconds"][above]["median"] / row["seconds"][below]["median"]
+def _line(case: _Case, backends: Sequence[str], pairs: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """A case's line of its table."""
+    ours = case.get(OURS)
+    return (
+        shape_text(next(iter(case.values()))["shape"]),
+        *(f"{1e6 * case[name]['seconds']['median']:.1f}" if name in case else "" for name in backends),
+        f"{ours['gb_per_s']:.0f}" if ours else "",
+        *(f"{_ratio(case, *pair):.2f}" if case.keys() >= set(pair) else "" for pair in pairs),
+        f"{ours['passes']:g}" if ours else "",
+        ours["plan"] if ours else "",
+    )
+
+
+def _mean(ratios: Sequence[float]) -> str:
+    """The geometric mean, "" of none."""
+    return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}" if ratios else ""
+
+
+def _ratio(case: _Case, above: str, below: str) -> float:
+    return case[above]["seconds"]["median"] / case[below]["seconds"]["median"]
 
 
 def _name(row: _Row) -> str:
-    return " ".join((row["dtype"], row["shape"], row["layout"], row["mode"]))
+    return " ".join((row["dtype"], shape_text(row["shape"]), row["layout"], row["mode"]))
 
 
 def _list(items: Sequence[str]) -> str:

@@ -1,106 +1,167 @@
-"""The layer run: every layer checked, then timed, in every layout and mode asked for."""
+"""The run: every backend checked, then all timed in turn, case by case."""
 
 import argparse
-import json
+import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from bench import report, timing, verify
-from bench.candidates import batch_norms, candidate
-from bench.cases import DTYPES, LAYOUTS, MODES, RESNET50, Inputs, make_inputs
+from bench import backends, memory, options, plans, rows, timing, verify
+from bench.backends import Backend, Candidate
+from bench.cases import DTYPES, Case, Inputs, make_inputs, memory_format
 from bench.floors import floor
+from bench.peers import Unsupported
+from bench.rows import Row
 
 _Result = TypeVar("_Result")
 
-_SECONDS = {"cpu": 0.6, "cuda": 0.25}  # a row is repeated for so long, or for --reps rounds if those take longer
+
+class _Status(Exception):
+    """Why a row has no figures: a status of bench.rows, and the detail."""
+
+    def __init__(self, status: str, detail: str) -> None:
+        super().__init__(status, detail)
+        self.status, self.detail = status, detail
 
 
-class _WrongResult(Exception):
-    """What is wrong with the results of a row."""
-
-
-def run(args: argparse.Namespace) -> int:
-    """The exit code: 0, 1 if a row could not be measured or was wrong, 2 without a GPU, 130 after Ctrl-C."""
-    if args.device == "cuda":
-        if not torch.cuda.is_available():
-            print("--device cuda: torch finds no NVIDIA GPU here", file=sys.stderr)
-            return 2
-        print(report.cuda_header(args.batch, args.dtype), flush=True)
-    else:
-        warm = args.allocator == "warm" and timing.keep_freed_memory()
-        torch.set_num_threads(args.threads)
-        print(report.header(args.batch, args.threads, args.dtype, warm), flush=True)
-    rows: list[report.Row] = []
-    interrupted = False
+def _attempt(function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """What function returns; raises _Status for everything that it raises."""
     try:
-        for row in _rows(args):
-            rows.append(row)
-            _progress("")
-            print(report.cuda_row_line(row) if args.device == "cuda" else report.row_line(row), flush=True)
-            if args.json:
-                part = args.json.with_suffix(".part")
-                part.write_text(json.dumps([row.as_dict() for row in rows]))
-                part.replace(args.json)  # whole at any time, for whoever ends this run early
-    except KeyboardInterrupt:
-        interrupted = True
-    _progress("")
-    measured = [row for row in rows if not row.fault]
-    if measured:
-        print(f"\n{report.means(measured)}", flush=True)
-    return 130 if interrupted else int(len(measured) < len(rows))
+        return function(*arguments)
+    except _Status:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _Status(rows.OUT_OF_MEMORY, _first_line(error)) from None
+    except (Unsupported, NotImplementedError) as error:
+        raise _Status(rows.UNSUPPORTED, _first_line(error)) from None
+    except Exception as error:
+        text = _first_line(error)
+        if "can't allocate memory" in str(error):  # how torch's CPU allocator says it
+            raise _Status(rows.OUT_OF_MEMORY, text) from None
+        raise _Status(rows.FAILED, f"{type(error).__name__}: {text}") from None
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
-def _rows(args: argparse.Namespace) -> Iterator[report.Row]:
-    """Every row, as it is measured."""
-    cases = args.shape or RESNET50
-    layouts = [args.layout] if args.layout else list(LAYOUTS)
-    modes = [args.mode] if args.mode else MODES
-    for i, case in enumerate(cases, 1):
-        _progress(f"layer {i}/{len(cases)} {case}: inputs")
-        made, no_inputs = _attempt(make_inputs, case, args.batch, DTYPES[args.dtype], args.device)
-        for mode in modes:
-            _progress(f"layer {i}/{len(cases)} {case}: oracle of {mode}")
-            expected, no_oracle = _attempt(verify.oracle, made, mode) if made else (None, no_inputs)  # of all layouts
-            for layout in layouts:
-                _progress(f"layer {i}/{len(cases)} {case}: {mode} {layout}")
-                arguments = (made, expected, layout, mode, args)
-                spreads, fault = _attempt(_measure, *arguments) if expected else (None, no_oracle)
-                yield report.Row(case, layout, mode, args.dtype, args.batch, spreads or {}, fault)
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
-def _attempt(function: Callable[..., _Result], *arguments: Any) -> tuple[_Result | None, str]:
-    """What function returns and "", or None and why it could not."""
+def measured(args: argparse.Namespace, progress: Callable[[str], None]) -> Iterator[list[Row]]:
+    """The rows of each case, as they are measured: the floor's, then one for each backend."""
+    for group in options.groups(args):
+        case = group[0]
+        progress(f"{case.suite} {case.layer}: inputs")
+        inputs = _or_status(make_inputs, case.shape, DTYPES[case.dtype], case.device)
+        expected: dict[str, dict[str, Tensor] | _Status] = {}
+        for case in group:
+            where = f"{case.suite} {case.layer}, {case.mode} {case.layout}"
+            status = inputs if isinstance(inputs, _Status) else _refused(case)
+            if status:
+                yield _without_figures(case, status, args)
+                continue
+            if case.mode not in expected:
+                progress(f"{where}: oracle")
+                expected = {case.mode: _or_status(verify.oracle, inputs, case.mode)}  # of all layouts
+            oracle = expected[case.mode]
+            progress(where)
+            try:
+                if isinstance(oracle, _Status):
+                    raise oracle
+                yield _attempt(_rows_of, case, inputs, oracle, args)
+            except _Status as status:
+                yield _without_figures(case, status, args)
+
+
+def _refused(case: Case) -> _Status | None:
+    """What torch does not have."""
+    n, _, *spatial = case.shape
+    if memory_format(case.layout, len(case.shape)) is None:
+        return _Status(rows.UNSUPPORTED, f"torch has no channels-last format for {len(case.shape)} dimensions")
+    if case.mode != "eval" and n * math.prod(spatial) == 1:
+        return _Status(rows.UNSUPPORTED, "training needs more than 1 value per channel")
+    return None
+
+
+def _or_status(function: Callable[..., _Result], *arguments: Any) -> "_Result | _Status":
     try:
-        return function(*arguments), ""
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None, "out of GPU memory"
-    except _WrongResult as wrong:
-        return None, f"WRONG  {wrong}"
-    except RuntimeError as error:
-        return None, f"FAILED  {str(error).partition(chr(10))[0]}"
+        return _attempt(function, *arguments)
+    except _Status as status:
+        return status
 
 
-def _measure(
-    made: Inputs, expected: dict[str, Tensor], layout: str, mode: str, args: argparse.Namespace
-) -> dict[str, timing.Spread]:
-    """The timings by name; raises _WrongResult."""
-    inputs = made.to(LAYOUTS[layout])
-    found = batch_norms(args.device, compiled=not args.no_compile)
-    candidates = {name: candidate(batch_norm, inputs, mode) for name, batch_norm in found.items()}
-    faults = verify.faults(candidates, expected, inputs, mode)
-    if faults:
-        raise _WrongResult("; ".join(faults))
-    calls = {name: each.call for name, each in candidates.items()} | {"floor": floor(inputs, mode)}
-    spreads = timing.interleaved(list(calls.values()), args.reps, _SECONDS[args.device], args.device)
-    return dict(zip(calls, spreads, strict=True))
+def _without_figures(case: Case, why: _Status, args: argparse.Namespace) -> list[Row]:
+    return [
+        Row(case, backend.name, why.status, why.detail, repro=options.repro(case, backend.name, args))
+        for backend in args.backend
+    ]
 
 
-def _progress(text: str) -> None:
+def _rows_of(case: Case, made: Inputs, expected: dict[str, Tensor], args: argparse.Namespace) -> list[Row]:
+    """The rows of one case."""
+    if case.device == "cpu":
+        torch.set_num_threads(case.threads)
+    inputs = made.to(memory_format(case.layout, len(case.shape)))
+    checked: dict[str, Candidate | _Status] = {}
+    of_torch = _or_status(verify.errors_of_torch, expected, inputs, case.mode)
+    for backend in args.backend:
+        checked[backend.name] = _or_status(_checked, backend, inputs, expected, case, of_torch)
+    calls = {rows.FLOOR: floor(inputs, case.mode)}
+    calls |= {name: each.call for name, each in checked.items() if isinstance(each, Candidate)}
+    peaks = {name: memory.peak_bytes(call, case.device) for name, call in calls.items() if name != rows.FLOOR}
+    if args.cuda_graph:
+        calls = {name: timing.captured(call) for name, call in calls.items()}
+    with torch.cuda.profiler.profile() if args.run_once and case.device == "cuda" else nullcontext():
+        samples = timing.interleaved(list(calls.values()), options.budget(args), case.device, not args.no_flush)
+    times = dict(zip(calls, samples, strict=True))
+    found = []
+    for name in (rows.FLOOR, *checked):
+        each = checked.get(name)
+        repro = options.repro(case, name, args)
+        if isinstance(each, _Status):
+            found.append(Row(case, name, each.status, each.detail, repro=repro))
+            continue
+        spread = timing.Spread.of(times[name])
+        baseline = timing.Spread.of(times[args.baseline]).median if args.baseline in times else None
+        plan, passes = plans.predicted(case) if name == "bnext" else ("", None)
+        found.append(
+            Row(
+                case,
+                name,
+                samples=times[name],
+                noisy=spread.noise > args.max_noise,
+                floor_share=timing.Spread.of(times[rows.FLOOR]).median / spread.median,
+                speedup=None if baseline is None else baseline / spread.median,
+                peak_bytes=peaks.get(name),
+                plan=plan,
+                passes=passes,
+                repro=repro,
+            )
+        )
+    return found
+
+
+def _checked(
+    backend: Backend, inputs: Inputs, expected: dict[str, Tensor], case: Case, of_torch: dict[str, float] | _Status
+) -> Candidate:
+    """The backend's callable, which has returned what it should; raises _Status."""
+    if not backend.installed:
+        raise _Status(rows.NOT_INSTALLED, f"there is no package {backend.package} here")
+    if isinstance(of_torch, _Status):
+        raise of_torch
+    each = backends.candidate(backend, inputs, case.mode)
+    fault = verify.fault(backend.name, each, expected, inputs, case.mode, of_torch)
+    if fault:
+        raise _Status(rows.WRONG, fault)
+    return each
+
+
+def progress(text: str) -> None:
     """Replaces the progress line on a terminal; "" clears it."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\033[K{text}")

@@ -1,6 +1,8 @@
 """The one timer of the project, and the settings that its figures rest on."""
 
 import ctypes
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +20,8 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _FIRST_SPIN = 2**20  # clock cycles: half a millisecond or more
 _LONGEST_SPIN = 2**26
 
+_WARM_ROUNDS, _MIN_ROUNDS = 10, 5
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -34,6 +38,11 @@ class Spread:
         ordered = sorted(seconds)
         last = len(ordered) - 1
         return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
+
+    @property
+    def noise(self) -> float:
+        """Half the distance between the percentiles, relative to the median: 0.02 reads as +-2 %."""
+        return (self.p80 - self.p20) / 2 / self.median
 
     def as_dict(self) -> dict[str, float]:
         """The fields by name."""
@@ -62,21 +71,48 @@ def timed(call: Callable[[], _Result]) -> tuple[_Result, float]:
     return result, time.perf_counter() - start
 
 
-def interleaved(calls: Sequence[_Call], rounds: int, seconds: float, device: str) -> list[Spread]:
-    """The seconds of each call, all called in turn, for at least so many rounds and so many seconds.
+@dataclass(frozen=True)
+class Budget:
+    """When to stop: after min_time seconds, once no call is noisier than max_noise, or else after timeout seconds.
 
-    Taking turns lets a change in the machine's speed fall on all of them; two rounds to warm up are not
-    counted. A result is freed right after its timing, so that the next call can have the memory. On the CPU
-    tensors that fit the cache are found there; on CUDA nothing is.
+    In any case after five rounds or more. run_once: one round, and none to warm up.
     """
-    one_round = _CudaRounds() if device == "cuda" else _cpu_round
-    for _ in range(2):
-        one_round(calls)
-    times: list[list[float]] = []
+
+    min_time: float
+    max_noise: float
+    timeout: float
+    run_once: bool = False
+
+
+def interleaved(calls: Sequence[_Call], budget: Budget, device: str, flush: bool = True) -> list[tuple[float, ...]]:
+    """The seconds of each call: a tuple of timings for each, all called in turn, a new one first in every round.
+
+    Taking turns lets a change in the machine's speed fall on all of them. Rounds before are for warming up, until one
+    is no longer 5 % faster than the fastest so far. A result is freed right after its timing, so that the next call
+    can have the memory. On the CPU tensors that fit the cache are found there; on CUDA nothing is, unless flush is
+    False.
+    """
+    one_round = _CudaRounds(flush) if device == "cuda" else _cpu_round
+    if budget.run_once:
+        return [(seconds,) for seconds in one_round(calls)]
+    fastest = math.inf
+    for _ in range(_WARM_ROUNDS):
+        taken = sum(one_round(calls))
+        if taken > 0.95 * fastest:
+            break
+        fastest = taken
+    samples: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
-    while len(times) < rounds or time.perf_counter() - start < seconds:
-        times.append(one_round(calls))
-    return [Spread.of(taken) for taken in zip(*times, strict=True)]
+    for first in itertools.count():
+        order = [(first + i) % len(calls) for i in range(len(calls))]
+        for i, seconds in zip(order, one_round([calls[i] for i in order]), strict=True):
+            samples[i].append(seconds)
+        elapsed = time.perf_counter() - start
+        if first + 1 < _MIN_ROUNDS or elapsed < budget.min_time:
+            continue
+        if elapsed >= budget.timeout or all(Spread.of(taken).noise <= budget.max_noise for taken in samples):
+            break
+    return [tuple(taken) for taken in samples]
 
 
 def _cpu_round(calls: Sequence[_Call]) -> list[float]:
@@ -86,13 +122,13 @@ def _cpu_round(calls: Sequence[_Call]) -> list[float]:
 class _CudaRounds:
     """Rounds on the current CUDA stream, timed by its events: what the GPU takes, and nothing that the host does.
 
-    A kernel that only spins goes first, for as long as the host needs to queue the whole round behind it. A buffer
-    of twice the L2 cache is written before each call, so that no call finds there what another one left.
+    A kernel that only spins goes first, for as long as the host needs to queue the whole round behind it. With flush,
+    a buffer of twice the L2 cache is written before each call, so that no call finds there what another one left.
     """
 
-    def __init__(self) -> None:
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        self._flush = torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device="cuda")
+    def __init__(self, flush: bool) -> None:
+        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._flush = torch.empty(2 * cache if flush else 0, dtype=torch.uint8, device="cuda")
         self._spin = _FIRST_SPIN
 
     def __call__(self, calls: Sequence[_Call]) -> list[float]:
@@ -117,3 +153,22 @@ class _CudaRounds:
             call()
             end.record()
         return spun, pairs
+
+
+def captured(call: _Call) -> _Call:
+    """The call as a CUDA graph, to be replayed: what the GPU does, without the host's part in starting it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # outside of the capture first, as torch asks for
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> object:
+        graph.replay()
+        return result  # which the graph writes to, and must therefore stay
+
+    return replay

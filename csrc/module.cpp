@@ -55,6 +55,15 @@ py::dict plan(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_last
   return result;
 }
 
+std::int64_t cpu_group(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_last, const std::string& dtype,
+                       int threads) {
+  if (N < 1 || C < 1 || S < 1) throw std::invalid_argument("expected N, C and S to be positive");
+  const bool planar = (!channels_last && S != 1) || C == 1;
+  const bnext::Layout layout = planar ? bnext::Layout::planar : bnext::Layout::channels_last;
+  const bnext::DType type = dtype_named(dtype);
+  return bnext::cpu::group_channels({N, C, S, layout, type, type}, true, true, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -64,6 +73,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &bnext::cpu::isa,
         "Instruction set of the CPU kernels: scalar, avx2 or avx512; BNEXT_CPU_ISA forces one.");
   using py::arg;
+  m.def("cpu_group", &cpu_group, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"),
+        arg("threads"),
+        "Channels that the CPU kernels take together in training, from a cache that holds them; 0: the whole tensor.");
   m.def("plan", &plan, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"), arg("backward"),
         arg("training"), arg("reduces"), arg("applies"), arg("cumulative"), arg("aligned"), arg("gpu"),
         "What csrc/cuda/plan.h chooses for a problem [N, C, S] on a GPU with these properties, as a dict.");

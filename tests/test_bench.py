@@ -1,17 +1,26 @@
-"""The layer benchmark: what it times is checked, what it cannot time has a row that says so."""
+"""The benchmark's run: what it times is checked, what it cannot time has a row that says so, its files are whole."""
 
-import argparse
 import itertools
 import json
-from types import SimpleNamespace
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from bench import __main__ as command
-from bench import layers, report, timing, verify
-from bench.candidates import _native, batch_norms, candidate
-from bench.cases import DTYPES, LAYOUTS, MODES, Case, make_inputs
+import bench.__main__ as command
+from bench import backends, layers, timing, verify
+from bench.cases import DTYPES
+
+ROOT = Path(__file__).parent.parent
+QUICK = ("--min-time", "0", "--timeout", "0")
 
 pytestmark = [
     pytest.mark.bnext("bnext's benchmark"),
@@ -20,140 +29,195 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr(layers, "_SECONDS", {"cpu": 0.0})
+def bench(*arguments, shape="4,6,5,3"):
+    return command.main([*(("--shape", shape) if shape else ()), *QUICK, "--allocator", "default", *arguments])
 
 
-def bench(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["bench", "layers", "--batch", "4", "--shape", "6,5,3", *arguments])
-    return command.main()
+def document(tmp_path, *arguments, code=0, **keywords):
+    file = tmp_path / "run.json"
+    assert bench(*arguments, "--json", str(file), **keywords) == code
+    return json.loads(file.read_text())
+
+
+def wrong(*arguments):
+    return 1.5 * F.batch_norm(*arguments)
+
+
+def right_at_first(*arguments):
+    raise TypeError("no such\nargument")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_every_dtype(dtype, monkeypatch, tmp_path, capsys):
-    file = tmp_path / "rows.json"
-    assert bench(monkeypatch, "--dtype", dtype, "--reps", "3", "--json", str(file), "--allocator", "default") == 0
-    rows = json.loads(file.read_text())
-    assert [(row["mode"], row["layout"]) for row in rows] == list(itertools.product(MODES, LAYOUTS))
-    for row in rows:
-        assert (row["shape"], row["batch"], row["dtype"], row["fault"]) == ("6x5x3", 4, dtype, "")
-        assert row["bytes"] == (3 if row["mode"] == "bwd" else 2) * 4 * 6 * 5 * 3 * DTYPES[dtype].itemsize
-        assert set(row["seconds"]) == {"torch", "bnext", "floor"}
-        assert all(0 < s["p20"] <= s["median"] <= s["p80"] and s["count"] == 3 for s in row["seconds"].values())
-    assert "geometric means" in capsys.readouterr().out
+def test_rows_of_every_dtype(dtype, tmp_path, capsys):
+    modes = ("fwd", "bwd", "fwd_bwd", "eval")
+    found = document(tmp_path, "--dtype", dtype, "--mode", ",".join(modes))
+    assert found["schema"] == 1
+    assert not found["interrupted"]
+    order = [(row["mode"], row["layout"], row["backend"]) for row in found["rows"]]
+    assert order == list(itertools.product(modes, ("nchw", "nhwc"), ("floor", "bnext", "torch")))
+    for row in found["rows"]:
+        assert (row["shape"], row["dtype"], row["status"], row["detail"]) == ([4, 6, 5, 3], dtype, "ok", "")
+        passes = {"fwd": 2, "bwd": 3, "fwd_bwd": 5, "eval": 2}[row["mode"]]
+        assert row["bytes"] == passes * 4 * 6 * 5 * 3 * DTYPES[dtype].itemsize
+        assert len(row["samples"]) == row["seconds"]["count"] == 5
+        assert row["seconds"]["median"] == sorted(row["samples"])[2]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["seconds"]["median"] / 1e9)
+        assert (row["passes"], row["plan"] != "") == ((passes, True) if row["backend"] == "bnext" else (None, False))
+        assert (row["peak_bytes"] is None) == (row["backend"] == "floor")
+    by_key = {(row["mode"], row["layout"], row["backend"]): row for row in found["rows"]}
+    for mode, layout in itertools.product(modes, ("nchw", "nhwc")):
+        medians = {b: by_key[mode, layout, b]["seconds"]["median"] for b in ("floor", "bnext", "torch")}
+        assert by_key[mode, layout, "bnext"]["speedup"] == pytest.approx(medians["torch"] / medians["bnext"])
+        assert by_key[mode, layout, "bnext"]["floor_share"] == pytest.approx(medians["floor"] / medians["bnext"])
+    assert "Geometric means" in capsys.readouterr().out
 
 
-def test_without_a_gpu_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench(monkeypatch, "--device", "cuda") == 2
-    assert capsys.readouterr().err == "--device cuda: torch finds no NVIDIA GPU here\n"
+def test_peak_is_what_a_call_allocates(tmp_path):
+    found = document(tmp_path, "--layout", "nchw", "--backend", "bnext", shape="4,64,32,32")
+    tensor = 4 * 64 * 32 * 32 * 4
+    peaks = {row["mode"]: row["peak_bytes"] for row in found["rows"] if row["backend"] == "bnext"}
+    assert peaks == {"fwd": tensor + 2 * 256, "bwd": tensor + 2 * 256, "eval": tensor + 2 * 256}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's own, while it compiles
-def test_every_candidate_is_checked_and_can_be_called_again(mode):
-    inputs = make_inputs(Case(6, 5, 3), 4, torch.bfloat16, "cpu")
-    found = {**batch_norms("cpu", compiled=False), "native": _native, "compile": torch.compile(_eager, backend="eager")}
-    candidates = {name: candidate(f, inputs, mode) for name, f in found.items()}
-    assert verify.faults(candidates, verify.oracle(inputs, mode), inputs, mode) == []
-    for each in candidates.values():
-        each.call()
+@pytest.mark.parametrize("who", ["test_bench:wrong", "bnext"])
+def test_a_wrong_backend_gets_no_speed(who, tmp_path, monkeypatch, capsys):
+    if who == "bnext":
+        bad = backends.Backend("bnext", "", lambda: wrong)
+        monkeypatch.setitem(backends.BACKENDS, "bnext", bad)
+    found = document(tmp_path, "--backend", f"{who},torch", "--mode", "fwd,bwd,eval", code=1)
+    for row in found["rows"]:
+        if row["backend"] == who:
+            assert row["status"] == "wrong"
+            assert re.search(r"(y|dx): error \d\.\de.\d\d, allowed", row["detail"])
+            assert (row["seconds"], row["samples"], row["speedup"], row["gb_per_s"]) == (None, [], None, None)
+        else:
+            assert row["status"] == "ok"
+    shown = capsys.readouterr().out
+    assert shown.count("wrong: ") == 6
+    assert not re.search(rf"1  {who} +\d", shown)
 
 
-def _eager(*arguments):
-    return torch.nn.functional.batch_norm(*arguments)
-
-
-@pytest.mark.parametrize("who", ["torch", "bnext"])
-def test_a_wrong_result_is_a_row_without_figures(who, monkeypatch, capsys, tmp_path):
-    good = batch_norms("cpu", compiled=False)
-    wrong = {**good, who: lambda *arguments: good[who](*arguments) * 1.5}
-    monkeypatch.setattr(layers, "batch_norms", lambda *_, **__: wrong)
-    file = tmp_path / "rows.json"
-    assert bench(monkeypatch, "--mode", "eval", "--json", str(file)) == 1
-    assert capsys.readouterr().out.count(f"WRONG  {who} y: error") == 2
-    assert all(row["fault"].startswith("WRONG") and row["seconds"] == {} for row in json.loads(file.read_text()))
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+def test_onednn(tmp_path):
+    found = document(tmp_path, "--backend", "torch-mkldnn,torch,torch-native", "--mode", "fwd,bwd,fwd_bwd,eval")
+    for row in found["rows"]:
+        if row["backend"] == "torch-mkldnn":
+            assert row["status"] == ("ok" if row["layout"] == "nchw" else "unsupported")
+        elif row["backend"] == "torch-native":
+            assert (row["status"], row["detail"].partition(":")[0]) == ("unsupported", "there is no cuDNN on the CPU")
 
 
 @pytest.mark.parametrize(
-    ("error", "fault"),
+    ("error", "status", "detail", "code"),
     [
-        (torch.OutOfMemoryError("of 9 GB"), "out of GPU memory"),
-        (RuntimeError("no launch\nat all"), "FAILED  no launch"),
+        (torch.OutOfMemoryError("of 9 GB"), "out of memory", "of 9 GB", 0),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory\nat"), "out of memory", None, 0),
+        (RuntimeError("no launch\nat all"), "failed", "RuntimeError: no launch", 1),
+        (NotImplementedError("not for this"), "unsupported", "not for this", 0),
     ],
-    ids=["memory", "launch"],
+    ids=["gpu-memory", "cpu-memory", "launch", "dtype"],
 )
-@pytest.mark.parametrize("where", ["make_inputs", "verify.oracle", "floor"])
-def test_what_cannot_run_is_a_row_and_the_run_goes_on(where, error, fault, monkeypatch):
-    calls = itertools.count()
-    owner, _, name = where.rpartition(".")
-    owner = getattr(layers, owner) if owner else layers
-    working = getattr(owner, name)
+@pytest.mark.parametrize("where", ["inputs", "oracle", "timing", "backend"])
+def test_what_cannot_run_is_a_row_and_the_run_goes_on(where, error, status, detail, code, tmp_path, monkeypatch):
+    owner, name = {
+        "inputs": (layers, "make_inputs"),
+        "oracle": (verify, "oracle"),
+        "timing": (timing, "interleaved"),
+        "backend": (backends, "candidate"),
+    }[where]
+    working, calls = getattr(owner, name), itertools.count()
 
-    def fail_at_first(*arguments):
-        if next(calls) == 0:
+    def fail_once(*arguments):
+        if next(calls) == (1 if where == "backend" else 0):  # the first candidate is torch's, to compare with
             raise error
         return working(*arguments)
 
-    monkeypatch.setattr(owner, name, fail_at_first)
-    args = argparse.Namespace(
-        shape=[Case(6, 5, 3), Case(3, 2, 2)], layout=None, mode=None, batch=4, dtype="float32", device="cpu",
-        no_compile=False, reps=1,
-    )  # fmt: skip
-    faults = [row.fault for row in layers._rows(args)]
-    failed = {"make_inputs": 6, "verify.oracle": 2, "floor": 1}[where]
-    assert faults == [fault] * failed + [""] * (12 - failed)
+    monkeypatch.setattr(owner, name, fail_once)
+    found = document(tmp_path, "--shape", "3,2", "--mode", "fwd,eval", "--backend", "bnext", code=code)["rows"]
+    bad = [row for row in found if row["status"] != "ok"]
+    assert {row["status"] for row in bad} == {status}
+    assert {row["backend"] for row in bad} == {"bnext"}
+    assert len(bad) == {"inputs": 4, "oracle": 2, "timing": 1, "backend": 1}[where]
+    assert detail in (None, bad[0]["detail"])
+    assert sum(row["status"] == "ok" and row["backend"] == "bnext" for row in found) == 6 - len(bad)
 
 
-def test_a_cuda_row_leaves_out_what_was_not_timed():
-    def spreads(**medians):
-        return {name: timing.Spread.of([seconds]) for name, seconds in medians.items()}
-
-    case = Case(64, 56, 56)
-    medians = {"torch": 3e-4, "native": 4e-4, "bnext": 2e-4, "floor": 1.6e-4}
-    plain = report.Row(case, "nchw", "fwd", "bfloat16", 256, spreads(**medians))
-    figures = report.cuda_row_line(plain).split()[3:]
-    assert figures == ["300.0", "400.0", "-", "200.0", "160.0", "1028", "1.50x", "2.00x", "-", "1.25x"]
-    full = report.Row(case, "nchw", "fwd", "bfloat16", 256, spreads(**medians, compile=1e-4))
-    assert report.cuda_row_line(full).split()[5] == "100.0"
-    assert report.cuda_row_line(full).split()[-2] == "0.50x"
-
-
-def test_a_queue_that_ran_dry_is_filled_longer(monkeypatch):
-    """Of the CUDA timer, what can be tried without CUDA: the spin grows until the host is ahead of the GPU."""
-    spins = []
-
-    class Event:
-        def __init__(self, enable_timing=False):
-            pass
-
-        def record(self):
-            pass
-
-        def query(self):
-            return spins[-1] < 4 * timing._FIRST_SPIN
-
-        def elapsed_time(self, other):
-            return 2.0
-
-    fake = SimpleNamespace(
-        Event=Event,
-        synchronize=lambda: None,
-        _sleep=spins.append,
-        current_device=lambda: 0,
-        get_device_properties=lambda _: SimpleNamespace(L2_cache_size=64),
-    )
-    monkeypatch.setattr(timing.torch, "cuda", fake)
-    empty = torch.empty
-    monkeypatch.setattr(timing.torch, "empty", lambda *size, device, **keywords: empty(*size, **keywords))
-    called = []
-    found = timing.interleaved([lambda: called.append("a"), lambda: called.append("b")], 3, 0.0, "cuda")
-    assert [spread.median for spread in found] == [2e-3, 2e-3]
-    assert spins == [timing._FIRST_SPIN * n for n in (1, 2, 4, 4, 4, 4, 4)]
-    assert called == ["a", "b"] * 7
+def test_not_installed_and_unsupported_are_rows(tmp_path):
+    found = document(tmp_path, "--backend", "bnext,inplace-abn", "--layout", "nhwc", "--mode", "eval", shape="5,4,3")
+    assert [(row["backend"], row["status"]) for row in found["rows"]] == [
+        ("bnext", "unsupported"),
+        ("inplace-abn", "unsupported"),
+    ]
+    found = document(tmp_path, "--backend", "bnext,inplace-abn", "--mode", "eval")
+    assert {row["detail"] for row in found["rows"] if row["status"] == "not installed"} == {
+        "there is no package inplace_abn here"
+    }
+    single = document(tmp_path, "--mode", "fwd,eval", shape="1,7")["rows"]
+    assert [row["status"] for row in single if row["backend"] == "bnext"] == ["unsupported", "ok"]
+    assert "training needs more than 1 value per channel" in single[0]["detail"]
 
 
-def test_percentiles():
-    assert timing.Spread.of([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == timing.Spread(3.5, 2.0, 5.0, 6)
-    assert timing.Spread.of([7.0]) == timing.Spread(7.0, 7.0, 7.0, 1)
+def test_threads_are_those_of_the_row(tmp_path, monkeypatch):
+    seen, working = [], timing.interleaved
+    monkeypatch.setattr(timing, "interleaved", lambda *a: (seen.append(torch.get_num_threads()), working(*a))[1])
+    document(tmp_path, "--threads", "2,1", "--mode", "fwd", "--layout", "nchw")
+    assert seen == [2, 1]
+
+
+def process(*arguments, **keywords):
+    words = [sys.executable, "-m", "bench", "--shape", "2,3,4,5", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **keywords)
+
+
+def test_a_pipe_gets_rows_alone():
+    run = process(*QUICK, "--json", "-", stdout=subprocess.PIPE)
+    out, err = run.communicate(timeout=120)
+    assert (run.returncode, err) == (0, "")
+    assert len(json.loads(out)["rows"]) == 18
+    run = process(*QUICK, "--repro", stdout=subprocess.PIPE)
+    out, err = run.communicate(timeout=120)
+    assert (run.returncode, err) == (0, "")
+    assert out.isascii()
+    assert not re.search(r"\x1b|\r", out)
+
+
+def test_a_terminal_gets_a_table_and_progress():
+    pytest.importorskip("rich")
+    main, end = pty.openpty()
+    run = process(*QUICK, "--mode", "fwd", stdout=end)
+    os.close(end)
+    shown = b""
+    while True:
+        try:
+            part = os.read(main, 4096)
+        except OSError:
+            break
+        shown += part
+        if not part:
+            break
+    os.close(main)
+    assert run.wait(60) == 0
+    assert run.stderr.read() == ""  # which is no terminal here
+    run.stderr.close()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())
+    assert plain != shown.decode()
+    assert re.search(r"fwd +nchw +1 +bnext +[\d.]+", plain)
+
+
+def test_ctrl_c_leaves_what_was_measured(tmp_path):
+    file, table = tmp_path / "run.json", tmp_path / "run.csv"
+    files = ("--json", str(file), "--csv", str(table), "--md", str(tmp_path / "run.md"))
+    run = process("--min-time", "0.4", "--suite", "small", *files, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (130, "")
+    found = json.loads(file.read_text())
+    assert found["interrupted"]
+    assert len(found["rows"]) >= 3
+    assert len(table.read_text().splitlines()) == 1 + len(found["rows"])
+    assert "Geometric means" in out
+    assert not list(tmp_path.glob("*.part"))

@@ -1,11 +1,14 @@
 """What csrc/cuda/plan.h chooses, for several GPUs, without one."""
 
+import math
 from typing import Any
 
 import pytest
 
-from bench.cases import RESNET50, Case
+from bench.suites import SUITES, Layer
 from bnext import _C
+
+RESNET50 = SUITES["resnet50"].layers
 
 pytestmark = [pytest.mark.bnext("about bnext's CUDA kernels"), pytest.mark.only("cpu", "needs no device")]
 
@@ -41,8 +44,9 @@ def plan(n: int, c: int, s: int, device: str = "h200", **changed: Any) -> dict[s
     return _C.plan(n, c, s, **(given | changed))
 
 
-def of_layer(case: Case, device: str = "h200", **changed: Any) -> dict[str, Any]:
-    return plan(256, case.channels, case.height * case.width, device, **changed)
+def of_layer(layer: Layer, device: str = "h200", **changed: Any) -> dict[str, Any]:
+    channels, height, width = layer.sizes
+    return plan(256, channels, height * width, device, **changed)
 
 
 by_gpu = pytest.mark.parametrize("device", GPUS)
@@ -57,8 +61,8 @@ by_dtype = pytest.mark.parametrize("dtype", ITEMSIZE)
 @by_dtype
 @pytest.mark.parametrize("cumulative", [False, True], ids=["momentum", "cumulative"])
 def test_resnet50_is_one_launch(device, backward, channels_last, dtype, cumulative):
-    for case in RESNET50:
-        p = of_layer(case, device, backward=backward, channels_last=channels_last, dtype=dtype, cumulative=cumulative)
+    for layer in RESNET50:
+        p = of_layer(layer, device, backward=backward, channels_last=channels_last, dtype=dtype, cumulative=cumulative)
         assert p["launches"] == 1
         assert p["cooperative"] == (p["strategy"] == "streaming" or cumulative)
 
@@ -68,7 +72,7 @@ def test_resnet50_is_one_launch(device, backward, channels_last, dtype, cumulati
 @by_layout
 @by_dtype
 def test_blocks_are_resident_at_once(device, backward, channels_last, dtype):
-    for n, c, s in [(256, case.channels, case.height * case.width) for case in RESNET50] + [
+    for n, c, s in [(256, c, h * w) for c, h, w in (layer.sizes for layer in RESNET50)] + [
         (1, 1, 2**33),
         (2, 3, 4097),
         (70000, 5, 1),
@@ -93,22 +97,22 @@ def test_blocks_are_resident_at_once(device, backward, channels_last, dtype):
 @by_layout
 def test_resnet50_keeps_the_device_busy(device, backward, channels_last):
     """Every multiprocessor has work, and of the time of the fullest at least three quarters of the average."""
-    for case in RESNET50:
-        p = of_layer(case, device, backward=backward, channels_last=channels_last)
+    for layer in RESNET50:
+        p = of_layer(layer, device, backward=backward, channels_last=channels_last)
         tasks = p["slabs"] * p["splits"]
         rounds = -(-tasks // p["blocks"])
         assert p["blocks"] >= GPUS[device]["multiprocessors"]
-        assert tasks / (rounds * p["blocks"]) > 0.75, (case, p)
+        assert tasks / (rounds * p["blocks"]) > 0.75, (layer, p)
 
 
 def test_what_fits_a_block_is_read_once():
-    small = [case for case in RESNET50 if case.height <= 14]
+    small = [layer for layer in RESNET50 if layer.sizes[1] <= 14]
     assert len(small) == 5
-    for case in RESNET50:
+    for layer in RESNET50:
         for backward, passes in ((False, 1), (True, 2)):
-            p = of_layer(case, backward=backward)
-            tensor = 256 * case.channels * case.height * case.width * 2
-            expected = ("resident", passes) if case in small else ("streaming", 2 * passes)
+            p = of_layer(layer, backward=backward)
+            tensor = 256 * math.prod(layer.sizes) * 2
+            expected = ("resident", passes) if layer in small else ("streaming", 2 * passes)
             assert (p["strategy"], p["read"] / tensor) == expected
             assert p["written"] == tensor
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_check
+from bench import gpu_check, options
+from bench.cases import Case
 from bench.gpu_check import Step
 from bench.gpu_report import markdown
+from bench.rows import Row
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,50 +27,79 @@ pytestmark = [
 FACTS = {"date": "2026-01-02 03:04 UTC", "device": "Some GPU", "memory": 80 * 2**30, "l2_cache": 50 * 2**20}
 
 
-def row(dtype="bfloat16", layout="nchw", mode="fwd", shape="64x56x56", fault="", **microseconds):
-    seconds = {name: {"median": 1e-6 * us, "p20": 0.9e-6 * us, "p80": 2e-6 * us} for name, us in microseconds.items()}
-    return {
-        "shape": shape,
-        "layout": layout,
-        "mode": mode,
-        "dtype": dtype,
-        "batch": 256,
-        "bytes": 200_000_000,
-        "seconds": seconds,
-        "fault": fault,
-    }
+def rows(dtype="bfloat16", layout="nchw", mode="fwd", sizes=(64, 56, 56), suite="resnet50", faults=(), **microseconds):
+    """Of one case, as in the benchmark's JSON: those with figures, then a status and detail for each of faults."""
+    case = Case(suite, "some", (256, *sizes), 1, mode, layout, dtype, "cuda", 1)
+    found = [
+        Row(
+            case,
+            name.replace("_", "-"),
+            samples=(1e-6 * us,),
+            plan="one 8x128" if name == "bnext" else "",
+            passes=2.5 if name == "bnext" else None,
+        )
+        for name, us in microseconds.items()
+    ]
+    found += [Row(case, backend, status, detail) for backend, status, detail in faults]
+    return [row.as_dict() for row in found]
 
 
 ROWS = [
-    row(torch=300, native=400, bnext=200, floor=100),
-    row(torch=400, native=300, bnext=100, floor=50, shape="256x56x56"),
-    row(torch=90, native=100, bnext=100, floor=80, mode="bwd"),
-    row(torch=100, native=80, bnext=100, floor=80, layout="nhwc"),
-    row(mode="eval", fault="out of GPU memory"),
-    row(torch=300, native=400, compile=150, bnext=200, floor=100),
+    *rows(floor=100, bnext=200, torch=300, torch_native=400),
+    *rows(floor=50, bnext=100, torch=400, torch_native=300, sizes=(256, 56, 56)),
+    *rows(floor=80, bnext=100, torch=90, torch_native=100, mode="bwd"),
+    *rows(floor=80, bnext=100, torch=100, torch_native=80, layout="nhwc"),
+    *rows(
+        floor=80, torch=90, faults=[("bnext", "out of memory", "no 4 GiB"), ("torch-native", "wrong", "y")], mode="eval"
+    ),
+    *rows(floor=100, bnext=200, torch=300, torch_native=400, compile=150, suite="custom"),
+    *rows(floor=100, bnext=200, torch=300, faults=[("compile", "failed", "why")], suite="custom", sizes=(8, 4, 4)),
 ]
 
 
 def report(steps=(), rows=ROWS):
-    return markdown({"schema": 1, "environment": FACTS, "steps": [vars(step) for step in steps], "rows": list(rows)})
+    return markdown({"schema": 2, "environment": FACTS, "steps": [vars(step) for step in steps], "rows": list(rows)})
+
+
+def section(page, heading):
+    """Its lines, without empty ones."""
+    found = page.partition(f"{heading}\n\n")[2].partition("\n\n#")[0].splitlines()
+    return [line for line in found if line]
 
 
 def test_markdown_of_rows():
     page = report()
     assert page.startswith("# bnext on Some GPU, 2026-01-02 03:04 UTC\n")
     assert "- memory: 80 GiB\n- l2 cache: 50 MiB" in page
-    assert "### bfloat16, nchw, fwd, batch 256" in page
-    assert "| 64x56x56 | 300.0 | 400.0 | 200.0 | 100.0 | 1000 | 1.50 | 2.00 | 2.00 |" in page
-    assert "| geometric mean |  |  |  |  |  | 2.45 | 2.45 | 2.00 |" in page
-    assert "| 64x56x56 | 300.0 | 400.0 | 150.0 | 200.0 | 100.0 | 1000 | 1.50 | 2.00 | 0.75 | 2.00 |" in page
-    slower = page.partition("## Where bnext is slower than torch\n\n")[2].partition("\n\n## ")[0]
-    assert slower.splitlines() == [
-        "2 of 5 rows.",
-        "",
-        "- bfloat16 64x56x56 nchw bwd: torch / bnext 0.90",
-        "- bfloat16 64x56x56 nhwc fwd: native / bnext 0.80",
+    ratios = "torch / bnext | torch-native / bnext | bnext / floor"
+    # 2 x 256 x 64 x 56 x 56 x 2 bytes in 200 us are 1028 GB/s
+    assert section(page, "### bfloat16, nchw, fwd") == [
+        f"| shape | torch | torch-native | bnext | floor | GB/s | {ratios} | passes | plan |",
+        f"| --- |{' ---: |' * 10}",
+        "| 256x64x56x56 | 300.0 | 400.0 | 200.0 | 100.0 | 1028 | 1.50 | 2.00 | 2.00 | 2.5 | one 8x128 |",
+        "| 256x256x56x56 | 400.0 | 300.0 | 100.0 | 50.0 | 8221 | 4.00 | 3.00 | 2.00 | 2.5 | one 8x128 |",
+        "| geometric mean |  |  |  |  |  | 2.45 | 2.45 | 2.00 |  |  |",
     ]
-    assert "- bfloat16 64x56x56 nchw eval: out of GPU memory" in page
+    assert section(page, "### bfloat16, nchw, eval")[2:] == [
+        "| 256x64x56x56 | 90.0 |  |  | 80.0 |  |  |  |  |  |  |",
+        "| geometric mean |  |  |  |  |  |  |  |  |  |  |",
+    ]
+    beside = page.partition("## Beside torch.compile")[2]
+    assert section(beside, "### bfloat16, nchw, fwd")[2:] == [
+        "| 256x64x56x56 | 300.0 | 400.0 | 150.0 | 200.0 | 100.0 | 1028 | 1.50 | 2.00 | 0.75 | 2.00 | 2.5 | one 8x128 |",
+        "| 256x8x4x4 | 300.0 |  |  | 200.0 | 100.0 | 1 | 1.50 |  |  | 2.00 | 2.5 | one 8x128 |",
+        "| geometric mean |  |  |  |  |  |  | 1.50 | 2.00 | 0.75 | 2.00 |  |  |",
+    ]
+    assert section(page, "## Where bnext is slower than torch") == [
+        "2 of 6 cases.",
+        "- bfloat16 256x64x56x56 nchw bwd: torch / bnext 0.90",
+        "- bfloat16 256x64x56x56 nhwc fwd: torch-native / bnext 0.80",
+    ]
+    assert section(page, "## Rows without figures") == [
+        "- bfloat16 256x64x56x56 nchw eval bnext: out of memory: no 4 GiB",
+        "- bfloat16 256x64x56x56 nchw eval torch-native: wrong: y",
+        "- bfloat16 256x8x4x4 nchw fwd compile: failed: why",
+    ]
 
 
 def test_markdown_of_steps():
@@ -76,7 +107,7 @@ def test_markdown_of_steps():
     assert "| build | passed | 61 | for 9.0 |" in page
     assert "## Tests that failed\n\n- a.py::b\n" in page
     assert "None measured." in page
-    assert "0 of 0 rows." in page
+    assert "0 of 0 cases." in page
     assert "Tests that failed" not in report()
 
 
@@ -154,24 +185,54 @@ def test_what_the_sanitizers_watch_runs():
 
 
 def test_the_runs_of_the_benchmark_share_the_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     asked = []
 
     def execute(command, log, seconds, environment=None):
-        asked.append((command[4:], seconds))
-        file = Path(command[command.index("--json") + 1])
-        file.write_text(json.dumps([row(fault="out of GPU memory"), row(torch=1, native=1, bnext=1, floor=1)]))
+        assert command[:3] == [sys.executable, "-m", "bench"]
+        args = options.parse("bench", command[3:])
+        asked.append((args, seconds))
+        found = rows(torch=1, bnext=1, floor=1) + rows(floor=1, faults=[("bnext", "wrong", "y")], mode="bwd")
+        if len(asked) != 2:  # as if the second had ended before its first case
+            Path(args.json).write_text(json.dumps({"schema": 1, "rows": found}))
         return 0 if len(asked) < 4 else None, 1.0
 
     monkeypatch.setattr(gpu_check, "execute", execute)
-    steps, rows = gpu_check.measurements(tmp_path, time.monotonic() + 200)
-    assert [step.status for step in steps] == ["passed"] * 3 + ["timed out"]
-    assert steps[0].detail == "1 of 72 rows measured; logs/bench-0.log"
-    assert steps[3].detail == "1 of 24 rows measured; logs/bench-3.log"
-    assert len(rows) == 8
-    assert [round(seconds) for _, seconds in asked] == [50, 67, 100, 200]
-    assert [("--no-compile" in command, command.count("--shape")) for command, _ in asked] == [(True, 0)] * 3 + [
-        (False, 4)
+    steps, kept = gpu_check.measurements(tmp_path, time.monotonic() + 200)
+    assert [(step.name, step.status, step.detail) for step in steps] == [
+        ("bench bfloat16", "passed", "1 of 72 cases measured; logs/bench-0.log"),
+        ("bench float16", "passed", "0 of 72 cases measured; logs/bench-1.log"),
+        ("bench float32", "passed", "1 of 72 cases measured; logs/bench-2.log"),
+        ("bench bfloat16 with torch.compile", "timed out", "1 of 24 cases measured; logs/bench-3.log"),
     ]
+    assert len(kept) == 3 * 5
+    assert not any("samples" in row for row in kept)
+    assert kept[0]["seconds"]["median"] == 1e-6
+    assert [round(seconds) for _, seconds in asked] == [50, 67, 100, 200]
+    cases = [[case for group in options.groups(args) for case in group] for args, _ in asked]
+    assert [len(found) for found in cases] == [72, 72, 72, 24]
+    assert {case.shape[0] for found in cases for case in found} == {256}
+    assert [args.dtype for args, _ in asked] == [["bfloat16"], ["float16"], ["float32"], ["bfloat16"]]
+    backends = ["bnext", "torch", "torch-native"]
+    assert [[backend.name for backend in args.backend] for args, _ in asked] == [backends] * 3 + [
+        [*backends, "compile"]
+    ]
+    assert {(args.device, args.min_time, args.timeout) for args, _ in asked} == {("cuda", 0.25, 0.25)}
+
+
+def test_the_benchmark_s_own_document_makes_a_report(tmp_path):
+    file = tmp_path / "bench.json"
+    words = "--shape 4,8,6,6 --mode fwd,bwd,eval --backend bnext,torch,torch-native --min-time 0 --timeout 0 --json"
+    command = [sys.executable, "-m", "bench", *words.split(), str(file)]
+    assert gpu_check.execute(command, tmp_path / "log", 60.0)[0] == 0, (tmp_path / "log").read_text()
+    page = report(rows=json.loads(file.read_text())["rows"])
+    assert section(page, "## Where bnext is slower than torch")[0].endswith(" of 6 cases.")
+    assert len(section(page, "## Rows without figures")) == 6  # torch-native
+    for layout in ("nchw", "nhwc"):
+        for mode in ("fwd", "bwd", "eval"):
+            cells = section(page, f"### float32, {layout}, {mode}")[2].strip("| ").split(" | ")
+            assert cells[0] == "4x8x6x6"
+            assert float(cells[8]) > 0  # bnext / floor
 
 
 @pytest.mark.parametrize("bad", [False, True])
@@ -190,7 +251,7 @@ def test_a_failing_step_stops_nothing_and_fails_the_whole(bad, monkeypatch, tmp_
     monkeypatch.setattr("sys.argv", ["gpu_check", "--out", str(tmp_path)])
     assert gpu_check.main() == int(bad)
     written = json.loads((tmp_path / "gpu-report.json").read_text())
-    assert written["schema"] == 1
+    assert written["schema"] == 2
     assert [step["name"] for step in written["steps"]] == ["build", "memcheck", "bench"]
     assert written["rows"] == ROWS
     assert (tmp_path / "gpu-report.md").read_text() == markdown(written)

@@ -20,9 +20,6 @@ void parallel(int64_t size, int64_t elements_each, F f) {
   at::parallel_for(0, size, grain, f);
 }
 
-// What a group of channels should occupy, so that apply finds in the second-level cache what reduce has read.
-constexpr int64_t kGroupBytes = 256 * 1024;
-
 // Reduces everything; chunk by chunk where channels lie side by side, else by runs of channels of a chunk.
 template <class Params>
 void reduce_all(const Params& p, const Tiling& tiling, const Scratch& scratch, const Steps<Params>& steps) {
@@ -58,16 +55,13 @@ void apply_all(const Params& p, const Scratch& scratch, const Steps<Params>& ste
   });
 }
 
-// Planar, with channels enough to feed the threads: group of channels by group, so that apply reads from
-// cache. Otherwise phase by phase over the whole tensor. Both give the same bits.
+// Group of channels by group, or step by step: see group_channels.
 template <class Params>
 void run(const Params& p, bool reduces, bool applies, const Steps<Params>& steps) {
   const Tiling tiling(p);
   std::vector<double> partials(reduces ? 3 * tiling.chunks * p.C : 0), factors(4 * (p.C + 16));
   const Scratch scratch{partials.data(), factors.data()};
-  if (reduces && applies && p.layout == Layout::planar && p.C >= 4 * at::get_num_threads()) {
-    const int64_t channel_bytes = p.count() * itemsize(p.dtype);
-    const int64_t group = std::max<int64_t>(1, kGroupBytes / channel_bytes);
+  if (const int64_t group = group_channels(p, reduces, applies, at::get_num_threads())) {
     parallel(p.C, p.count(), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; c += group) {
         const Range channels{c, std::min(c + group, end)};

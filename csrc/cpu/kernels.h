@@ -30,6 +30,10 @@ struct Tiling {
   std::int64_t chunk_count(std::int64_t chunk) const;
 };
 
+// Channels that are reduced and then applied as a group, so that apply reads from cache what reduce has read; 0: each
+// step over the whole tensor. Both give the same bits.
+std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int threads);
+
 struct Range {
   std::int64_t begin, end;
 };

@@ -31,4 +31,11 @@ std::int64_t Tiling::chunk_count(std::int64_t chunk) const {
   return values_before(chunk_begin(chunk + 1)) - values_before(chunk_begin(chunk));
 }
 
+std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int threads) {
+  constexpr std::int64_t kGroupBytes = 256 * 1024;  // fits most second-level caches
+  const bool feeds_threads = p.C >= 4 * static_cast<std::int64_t>(threads);
+  if (!reduces || !applies || p.layout != Layout::planar || !feeds_threads) return 0;
+  return std::max<std::int64_t>(1, kGroupBytes / (p.count() * itemsize(p.dtype)));
+}
+
 }  // namespace bnext::cpu

@@ -9,9 +9,12 @@ import pytest
 from cuda_on_cpu import emulated
 from helpers import DTYPES, by_layout, channel_arguments, check, values
 
-from bench.cases import RESNET50
+from bench.cases import shape_text
+from bench.suites import SUITES
 
-by_case = pytest.mark.parametrize("case", RESNET50, ids=str)
+RESNET50 = [layer.sizes for layer in SUITES["resnet50"].layers]
+
+by_case = pytest.mark.parametrize("case", RESNET50, ids=shape_text)
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +33,9 @@ def test_layers(case, layout, strategy):
     assert emulated.module is not None
     emulated.module.force(strategy)
     dtype, param_dtype = DTYPES[(RESNET50.index(case) + (strategy == "")) % len(DTYPES)]
-    shape = (2, case.channels, case.height, case.width)
+    shape = (2, *case)
     x, dy = (values(shape, dtype, layout) for _ in range(2))
-    arguments = channel_arguments(case.channels, param_dtype)
+    arguments = channel_arguments(case[0], param_dtype)
     check(x, grad_output=dy, **arguments)
     if strategy == "":
         check(x, grad_output=dy, training=False, **arguments)

@@ -1,0 +1,146 @@
+"""The batch norms that can be measured, and the callables made of them, which are first checked and then timed."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import bnext
+from bench import peers
+from bench.cases import EPS, MOMENTUM, Inputs
+from bench.peers import BatchNorm, Unsupported
+
+
+def _unchanged(inputs: Inputs, mode: str) -> Inputs:
+    return inputs
+
+
+def _only_on_cuda(inputs: Inputs, mode: str) -> Inputs:
+    if inputs.x.device.type != "cuda":
+        raise Unsupported("there is no cuDNN on the CPU: torch is its native kernel")
+    return inputs
+
+
+def _as_mkldnn(inputs: Inputs, mode: str) -> Inputs:
+    """The same values in oneDNN's own tensors."""
+    if inputs.x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        raise Unsupported("oneDNN's batch norm is one of torch for CPUs")
+    if inputs.x.dtype != torch.float32 or inputs.x.dim() not in (4, 5) or not inputs.x.is_contiguous():
+        raise Unsupported("torch has oneDNN's batch norm in float32, [N, C, H, W] or [N, C, D, H, W], nchw")
+    return replace(inputs, x=inputs.x.to_mkldnn(), dy=inputs.dy.to_mkldnn())
+
+
+def _native(*arguments: Tensor | float | bool | None) -> Tensor:
+    with torch.backends.cudnn.flags(enabled=False):
+        return F.batch_norm(*arguments)
+
+
+def _compiled() -> BatchNorm:
+    """F.batch_norm through torch.compile, compiled anew for what it is called with first; so is its backward."""
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # a backward that frees what it reads could be timed only once
+    return torch.compile(F.batch_norm, dynamic=False)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """make: a function with the signature of F.batch_norm, new for each case; package: what must be installed for it.
+
+    prepare(inputs, mode): the inputs as it takes them; raises Unsupported.
+    """
+
+    name: str
+    about: str
+    make: Callable[[], BatchNorm]
+    prepare: Callable[[Inputs, str], Inputs] = _unchanged
+    package: str = ""
+
+    @property
+    def installed(self) -> bool:
+        """Whether its package, if it needs one, can be imported."""
+        try:
+            return not self.package or importlib.util.find_spec(self.package) is not None
+        except ImportError:
+            return False
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("bnext", "bnext.batch_norm", lambda: bnext.batch_norm),
+        Backend("torch", "F.batch_norm as it comes", lambda: F.batch_norm),
+        Backend("torch-native", "F.batch_norm with cuDNN off (CUDA)", lambda: _native, _only_on_cuda),
+        Backend("torch-mkldnn", "F.batch_norm on oneDNN's tensors (CPU, float32)", lambda: F.batch_norm, _as_mkldnn),
+        Backend("compile", "torch.compile of F.batch_norm; seconds before each case", _compiled),
+        Backend("apex", "apex.contrib.groupbn (CUDA, float16, nhwc)", peers.apex, peers.for_apex, "apex"),
+        Backend("inplace-abn", "inplace_abn without activation", peers.inplace_abn, peers.for_abn, "inplace_abn"),
+    )
+}
+DEFAULT = {"cpu": ("bnext", "torch"), "cuda": ("bnext", "torch", "torch-native")}
+
+
+def find(name: str) -> Backend:
+    """A backend by its name, or MODULE:FUNCTION; ValueError where there is none."""
+    if name in BACKENDS:
+        return BACKENDS[name]
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise ValueError(f"expected one of {', '.join(BACKENDS)} or MODULE:FUNCTION, got {name!r}")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name} cannot be imported: {error}") from None
+    if not callable(found):
+        raise ValueError(f"expected {name} to be a function with the signature of F.batch_norm, got {type(found)}")
+    return Backend(name, f"{function} of {sys.modules[module].__name__}", lambda: found)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """call does the work that is timed; names are those of its results; buffers it may update in place."""
+
+    call: Callable[[], Tensor | tuple[Tensor, ...]]
+    names: tuple[str, ...]
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Everything that one call produced, by name."""
+        result = self.call()
+        returned = (result,) if isinstance(result, Tensor) else result
+        dense = (t.to_dense() if t.is_mkldnn else t for t in returned)
+        return dict(zip(self.names, dense, strict=True)) | self.buffers
+
+
+def candidate(backend: Backend, inputs: Inputs, mode: str) -> Candidate:
+    """The backend in one mode, with running buffers of its own.
+
+    fwd and fwd_bwd record a graph, as in training; eval does not; bwd walks one recorded beforehand. Gradients are of
+    x, weight and bias.
+    """
+    prepared = backend.prepare(inputs, mode)
+    batch_norm = backend.make()
+    leaves = tuple(
+        t.detach().requires_grad_(mode != "eval") for t in (prepared.x, prepared.weight, prepared.bias)
+    )  # fmt: skip
+    x, weight, bias = leaves
+    if mode == "bwd":
+        y = batch_norm(x, None, None, weight, bias, True, MOMENTUM, EPS)
+        return Candidate(lambda: torch.autograd.grad(y, leaves, prepared.dy, retain_graph=True), ("dx", "dw", "db"))
+    mean, var = inputs.running_mean.clone(), inputs.running_var.clone()
+    buffers = {"running_mean": mean, "running_var": var}
+
+    def forward() -> Tensor:
+        return batch_norm(x, mean, var, weight, bias, mode != "eval", MOMENTUM, EPS)
+
+    def both() -> tuple[Tensor, ...]:
+        y = forward()
+        return (y.detach(), *torch.autograd.grad(y, leaves, prepared.dy))
+
+    if mode == "fwd_bwd":
+        return Candidate(both, ("y", "dx", "dw", "db"), buffers)
+    return Candidate(forward, ("y",), buffers)

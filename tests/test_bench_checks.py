@@ -1,0 +1,100 @@
+"""What the benchmark's figures rest on: the check of every output, means, plans, floors."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import backends, floors, plans, rows, verify
+from bench.cases import Case, make_inputs
+
+pytestmark = [
+    pytest.mark.bnext("bnext's benchmark"),
+    pytest.mark.only("cpu", "about the benchmark's workings, on the CPU"),
+]
+
+
+def case_of(mode="fwd", layout="nchw", dtype="float32", shape=(4, 6, 5, 3), threads=1):
+    return Case("custom", "4x6x5x3", shape, 1, mode, layout, dtype, "cpu", threads)
+
+
+@pytest.mark.parametrize("output", ["y", "dx", "dw", "db", "running_mean", "running_var"])
+@pytest.mark.parametrize("name", ["bnext", "torch"])
+@pytest.mark.parametrize("fault", ["value", "dtype", "shape", "nan", "format"])
+def test_every_output_is_checked(output, name, fault):
+    inputs = make_inputs((4, 6, 5, 3), torch.float32, "cpu").to(torch.channels_last)
+    expected = verify.oracle(inputs, "fwd_bwd")
+    of_torch = verify.errors_of_torch(expected, inputs, "fwd_bwd")
+    good, each = (backends.candidate(backends.find(name), inputs, "fwd_bwd") for _ in range(2))
+    assert verify.fault(name, good, expected, inputs, "fwd_bwd", of_torch) == ""
+    if fault == "format" and expected[output].dim() == 1:
+        return
+
+    def broken(t):
+        change = {
+            "value": lambda: t * (1 + 1e-3),
+            "dtype": lambda: t.double(),
+            "shape": lambda: t[:-1],
+            "nan": lambda: torch.full_like(t, math.nan),
+            "format": lambda: t.contiguous(),
+        }
+        return change[fault]()
+
+    class Broken:
+        outputs = staticmethod(lambda: (found := each.outputs()) | {output: broken(found[output])})
+
+    assert verify.fault(name, Broken, expected, inputs, "fwd_bwd", of_torch).startswith(f"{output}: ")
+
+
+def test_a_bnext_that_is_torch_is_noticed():
+    inputs = make_inputs((4, 6, 5, 3), torch.float32, "cpu")
+    expected = verify.oracle(inputs, "fwd")
+    each = backends.candidate(backends.find("torch"), inputs, "fwd")
+    of_torch = verify.errors_of_torch(expected, inputs, "fwd")
+    found = verify.fault("bnext", each, expected, inputs, "fwd", of_torch)
+    assert found == "bnext::batch_norm_train was called 0 times, not once"
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd_bwd", "eval"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's own, while it compiles
+def test_every_backend_can_be_called_again(mode):
+    inputs = make_inputs((4, 6, 5, 3), torch.bfloat16, "cpu")
+    expected = verify.oracle(inputs, mode)
+    eager = backends.Backend("compile", "", lambda: torch.compile(F.batch_norm, backend="eager"))
+    native = backends.Backend("torch-native", "", lambda: backends._native)
+    for backend in (backends.find("torch"), backends.find("bnext"), eager, native):
+        each = backends.candidate(backend, inputs, mode)
+        of_torch = verify.errors_of_torch(expected, inputs, mode)
+        assert verify.fault(backend.name, each, expected, inputs, mode, of_torch) == ""
+        each.call()
+
+
+def test_means_weigh_layers_by_how_often_they_occur():
+    def row(count, seconds, speedup, share, status="ok", shape=(2, 3, 4, 4)):
+        case = Case("net", "a", shape, count, "fwd", "nchw", "float32", "cpu", 1)
+        return rows.Row(case, "bnext", status, samples=(seconds,), speedup=speedup, floor_share=share)
+
+    (mean,) = rows.means([row(3, 1.0, 2.0, 0.5), row(1, 1.0, 32.0, 0.5), row(9, 1.0, 0.1, 0.1, status="wrong")])
+    assert (mean.suite, mean.layers) == ("net", 2)
+    assert mean.speedup == pytest.approx(4.0)
+    assert mean.floor_share == pytest.approx(0.5)
+    assert mean.worst.speedup == 2.0
+
+
+def test_what_bnext_chooses():
+    assert plans.predicted(case_of("eval")) == ("one step", 2)
+    assert plans.predicted(case_of("fwd")) == ("by 6 channels", 2)
+    assert plans.predicted(case_of("fwd", threads=2)) == ("two steps", 2)  # too few channels for two threads
+    big = {"shape": (32, 64, 56, 56)}
+    assert plans.predicted(case_of("fwd", **big)) == ("by 1 channels", 2)
+    assert plans.predicted(case_of("fwd_bwd", **big)) == ("by 1 channels; by 1 channels", 5)
+    assert plans.predicted(case_of("fwd", "nhwc", **big)) == ("two steps", 3)
+    assert plans.predicted(case_of("bwd", "nhwc", **big)) == ("two steps", 5)
+
+
+def test_the_floor_moves_what_it_says():
+    inputs = make_inputs((4, 6, 5, 3), torch.float32, "cpu")
+    assert torch.equal(floors.floor(inputs, "fwd")(), inputs.x)
+    assert torch.equal(floors.floor(inputs, "bwd")(), inputs.x + inputs.dy)
+    assert torch.equal(floors.floor(inputs, "fwd_bwd")(), inputs.x + inputs.dy)

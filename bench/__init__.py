@@ -1,1 +1,1 @@
-"""The benchmark of bnext against torch: `python -m bench layers` and `python -m bench train`."""
+"""The benchmark of batch norms, bnext among them: `python -m bench`."""

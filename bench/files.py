@@ -10,20 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.cases import Case, shape_text
-from bench.rows import OK, SCHEMA, Mean, Row, means
+from bench.cases import shape_text
+from bench.cells import COLUMNS, MEAN_COLUMNS, NUMBERS, cells, group_title, groups, mean_cells, one_line
+from bench.rows import SCHEMA, Row, means
 
 CSV_COLUMNS = (
     *("suite", "layer", "shape", "count", "mode", "layout", "dtype", "device", "threads", "backend", "status"),
     *("detail", "median_us", "p20_us", "p80_us", "samples", "noise", "noisy", "bytes", "gb_per_s", "floor_share"),
     *("speedup", "peak_bytes", "plan", "passes"),
 )
-COLUMNS = ("layer", "shape", "backend", "us", "+-%", "GB/s", "% of floor", "speedup", "peak MiB", "passes", "plan")
-MEAN_COLUMNS = (
-    *("suite", "mode", "layout", "dtype", "threads", "backend", "layers", "speedup", "% of floor"),
-    *("least speedup", "at"),
-)
-NUMBERS = {"us", "+-%", "GB/s", "% of floor", "speedup", "peak MiB", "passes", "threads", "layers", "least speedup"}
 
 
 @dataclass(frozen=True)
@@ -142,66 +137,3 @@ def reading(report: Report) -> tuple[str, ...]:
         "plan and passes: what bnext chose, and how often it expects to move the tensor. Where there are no figures, "
         "us says what happened and plan says why.",
     )
-
-
-def groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows of one suite, mode, layout, dtype and number of threads, in the order in which they come."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        case = row.case
-        found.setdefault((case.suite, case.mode, case.layout, case.dtype, case.threads), []).append(row)
-    return list(found.values())
-
-
-def group_title(case: Case) -> str:
-    """What groups() groups by."""
-    plural = "s" if case.threads > 1 else ""
-    return f"{case.suite}: {case.mode}, {case.layout}, {case.dtype}, {case.threads} thread{plural}"
-
-
-def cells(row: Row) -> list[str]:
-    """The text below each of COLUMNS."""
-    spread = row.spread
-    return [
-        row.case.layer,
-        shape_text(row.case.shape),
-        row.backend,
-        "~" * row.noisy + digits(1e6 * spread.median) if spread else row.status,
-        f"{100 * spread.noise:.1f}" if spread else "",
-        digits(row.gb_per_s),
-        digits(row.floor_share, 100),
-        f"{row.speedup:.2f}" if row.speedup is not None else "",
-        digits(row.peak_bytes, 2**-20),
-        f"{row.passes:g}" if row.passes is not None else "",
-        row.plan if row.status == OK else one_line(row.detail),
-    ]
-
-
-def mean_cells(mean: Mean) -> list[str]:
-    """The text below each of MEAN_COLUMNS."""
-    speedup, least = (f"{value:.2f}" if value is not None else "" for value in (mean.speedup, _least(mean)))
-    where = _place(mean.worst.case) if mean.worst else ""
-    named = [mean.suite, mean.mode, mean.layout, mean.dtype, str(mean.threads), mean.backend, str(mean.layers)]
-    return [*named, speedup, digits(mean.floor_share, 100), least, where]
-
-
-def _least(mean: Mean) -> float | None:
-    return mean.worst.speedup if mean.worst else None
-
-
-def _place(case: Case) -> str:
-    """Layer and shape; a layer that is named by its shape, once."""
-    return " ".join(dict.fromkeys((case.layer, shape_text(case.shape))))
-
-
-def digits(value: float | None, scale: float = 1) -> str:
-    """Three significant ones of value * scale, or all before the point: 12345, 12.3, 0.123; "" for None."""
-    if value is None:
-        return ""
-    scaled = value * scale
-    return f"{scaled:.0f}" if scaled >= 99.95 else f"{scaled:#.3g}"
-
-
-def one_line(text: str) -> str:
-    """Without line ends."""
-    return " ".join(text.split())

@@ -28,14 +28,14 @@ other commands:
                                   two runs, row by row; an exit code for CI
 
 the columns:
-  us        microseconds: the median of all timings
-  +-        half of what lies between their 20th and 80th percentiles; ~ where that is more than --max-noise
-  GB/s      of the tensors that must move: 2 for fwd and eval, 3 for bwd, 5 for fwd_bwd
-  floor     how close that is to plain copies of these tensors (bwd: two read, one written), timed in the same rounds;
-            streaming stores can get beyond 100%%
-  speedup   against --baseline
-  peak      what one call allocates, its results included
-  passes    how often bnext expects to move the tensor, by the plan that it chose; not a measurement
+  us          microseconds: the median of all timings; ~ where it is noisier than --max-noise
+  +-%%         half of what lies between the 20th and 80th percentiles of the timings
+  GB/s        of the tensors that must move: 2 for fwd and eval, 3 for bwd, 5 for fwd_bwd
+  %% of floor  how close that is to plain copies of these tensors (bwd: two read, one written), timed in the same
+              rounds; streaming stores can get beyond 100
+  speedup     against --baseline
+  peak MiB    what one call allocates, its results included
+  passes      how often bnext expects to move the tensor, by the plan that it chose; not a measurement
 
 exit code: 0, 1 if anything was wrong or failed, 2 for bad arguments, 130 after Ctrl-C."""
 

@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from bench import plots
-from bench.files import COLUMNS, MEAN_COLUMNS, NUMBERS, Report, about, cells, mean_cells, reading
+from bench.cells import COLUMNS, MEAN_COLUMNS, NUMBERS, cells, mean_cells
+from bench.files import Report, about, reading
 from bench.rows import means
 
 _CASE_COLUMNS = ("suite", "mode", "layout", "dtype", "threads")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.cases import shape_text
-from bench.files import group_title, groups
+from bench.cells import group_title, groups
 from bench.rows import FLOOR, Row
 
 if TYPE_CHECKING:

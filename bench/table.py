@@ -2,16 +2,16 @@
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from bench.cases import Case, shape_text
+from bench.cells import FIGURES, MEAN_COLUMNS, NUMBERS, figures, mean_cells, one_line
 from bench.rows import FLOOR, OK, Mean, Row
 
-_HEADER = ("mode", "layout", "thr", "backend", "us", "+-", "GB/s", "floor", "speedup", "peak MiB", "passes", "plan")
-_WIDTHS = (-7, -6, 3, -12, 11, 6, 8, 6, 8, 9, 6, -1)  # negative: to the left
-_MEANS = ("suite", "mode", "layout", "dtype", "thr", "backend", "layers", "floor", "speedup", "least", "in")
-_MEAN_WIDTHS = (-9, -7, -6, -8, 3, -12, 6, 6, 8, 8, -1)
+_HEADER = ("mode", "layout", "threads", "backend", *FIGURES)
+_WIDTHS = dict(zip(_HEADER, (7, 6, 7, 12, 9, 5, 6, 10, 7, 8, 6, 1), strict=True))
+_MEAN_WIDTHS = dict(zip(MEAN_COLUMNS, (9, 7, 6, 8, 7, 12, 6, 7, 10, 13, 1), strict=True))
 
 
 class Table(Protocol):
@@ -37,41 +37,12 @@ def _title(case: Case) -> str:
     return f"{case.suite}:{name} {shape_text(case.shape)} {case.dtype}{often}"
 
 
-def _cells(row: Row) -> list[str]:
-    """Of _HEADER; for a row without figures its status and detail in place of all from us on."""
-    case = row.case
-    start = [case.mode, case.layout, str(case.threads), row.backend]
-    spread = row.spread
-    if row.status != OK or spread is None:
-        return [*start, f"{row.status}: {row.detail}" if row.detail else row.status]
-    return [
-        *start,
-        f"{1e6 * spread.median:.1f}",
-        "once" if spread.count == 1 else f"{'~' if row.noisy else ''}{spread.noise:.1%}",
-        f"{row.gb_per_s:.1f}",
-        f"{row.floor_share:.0%}",
-        "" if row.speedup is None else f"{row.speedup:.2f}x",
-        "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.2f}",
-        "" if row.passes is None else f"{row.passes:g}",
-        row.plan,
-    ]
+def _named(row: Row) -> list[str]:
+    """What comes before FIGURES."""
+    return [row.case.mode, row.case.layout, str(row.case.threads), row.backend]
 
 
-def _mean_cells(mean: Mean) -> list[str]:
-    """Of _MEANS."""
-    worst = mean.worst
-    return [
-        *(mean.suite, mean.mode, mean.layout, mean.dtype, str(mean.threads), mean.backend, str(mean.layers)),
-        "" if mean.floor_share is None else f"{mean.floor_share:.0%}",
-        "" if mean.speedup is None else f"{mean.speedup:.2f}x",
-        "" if worst is None else f"{worst.speedup:.2f}x",
-        "" if worst is None else shape_text(worst.case.shape),
-    ]
-
-
-_MEANS_TITLE = (
-    "Geometric means by suite, each layer as often as its network has it; least: the layer with the least speedup"
-)
+_MEANS_TITLE = "Geometric means by suite, each layer as often as its network has it"
 
 
 class _Plain:
@@ -85,23 +56,30 @@ class _Plain:
             self._title = title
             print(f"\n{title}\n{_line(_HEADER, _WIDTHS)}")
         for row in rows:
-            print(_line(_cells(row), _WIDTHS if row.status == OK else (*_WIDTHS[:4], -1)))
+            if row.status == OK:
+                print(_line([*_named(row), *figures(row)], _WIDTHS))
+            else:
+                print(_line(_named(row), _WIDTHS), _why(row), sep="  ")
             if self._repro:
                 print(f"    {row.repro}")
         sys.stdout.flush()
 
     def means(self, means: Sequence[Mean]) -> None:
         if means:
-            print(f"\n{_MEANS_TITLE}\n{_line(_MEANS, _MEAN_WIDTHS)}")
+            print(f"\n{_MEANS_TITLE}\n{_line(MEAN_COLUMNS, _MEAN_WIDTHS)}")
         for mean in means:
-            print(_line(_mean_cells(mean), _MEAN_WIDTHS))
+            print(_line(mean_cells(mean), _MEAN_WIDTHS))
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    fields = (
-        f"{cell:>{width}}" if width > 0 else f"{cell:<{-width}}" for cell, width in zip(cells, widths, strict=True)
-    )
-    return "  ".join(fields).rstrip()
+def _why(row: Row) -> str:
+    """Status and detail of a row without figures."""
+    return one_line(f"{row.status}: {row.detail}".removesuffix(": "))
+
+
+def _line(cells: Sequence[str], widths: Mapping[str, int]) -> str:
+    """As many columns as there are cells."""
+    columns = zip(cells, widths.items(), strict=False)
+    return "  ".join(f"{cell:{'>' if name in NUMBERS else '<'}{width}}" for cell, (name, width) in columns).rstrip()
 
 
 class _Rich:
@@ -122,9 +100,9 @@ class _Rich:
     def means(self, means: Sequence[Mean]) -> None:
         self._print()
         if means:
-            drawn = self._table(_MEANS_TITLE, _MEANS, _MEAN_WIDTHS)
+            drawn = self._table(_MEANS_TITLE, MEAN_COLUMNS)
             for mean in means:
-                drawn.add_row(*_mean_cells(mean), style=_style(mean.backend))
+                drawn.add_row(*mean_cells(mean), style=_style(mean.backend))
             self._console.print(drawn)
 
     def _print(self) -> None:
@@ -132,18 +110,18 @@ class _Rich:
 
         if not self._held:
             return
-        drawn = self._table(_title(self._held[0].case), _HEADER, _WIDTHS)
+        drawn = self._table(_title(self._held[0].case), _HEADER)
         last, apart = None, []
         for row in self._held:
             case = (row.case.mode, row.case.layout, row.case.threads)
             if last not in (None, case):
                 drawn.add_section()
             last = case
-            cells = _cells(row)
+            cells = figures(row)
             if row.status != OK:
-                apart.append(f"{' '.join(cells[:4])}: {cells[4]}")
-                cells = [*cells[:4], row.status, *[""] * (len(_HEADER) - 5)]
-            drawn.add_row(*map(Text, cells), style="red" if row.status != OK else _style(row.backend))
+                apart.append(f"{' '.join(_named(row))}: {_why(row)}")
+                cells[-1] = ""  # apart, in full width
+            drawn.add_row(*map(Text, (*_named(row), *cells)), style="red" if row.status != OK else _style(row.backend))
         self._console.print(drawn)
         for line in apart:
             self._console.print(Text(line, style="red"))
@@ -152,13 +130,13 @@ class _Rich:
                 self._console.print(Text(row.repro, style="dim"), soft_wrap=True)
         self._held = []
 
-    def _table(self, title: str, header: Sequence[str], widths: Sequence[int]) -> Any:
+    def _table(self, title: str, header: Sequence[str]) -> Any:
         from rich import box
         from rich.table import Table
 
-        drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        for name, width in zip(header, widths, strict=True):
-            drawn.add_column(name, justify="right" if width > 0 else "left", no_wrap=name != "plan")
+        drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in header:
+            drawn.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
         return drawn
 
 

@@ -166,7 +166,7 @@ def test_threads_are_those_of_the_row(tmp_path, monkeypatch):
 
 def process(*arguments, **keywords):
     words = [sys.executable, "-m", "bench", "--shape", "2,3,4,5", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **keywords)
 
 

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from bench import cells as texts
 from bench import files, page, plots
 from bench.cases import Case
 from bench.rows import FLOOR, OUT_OF_MEMORY, Row
@@ -156,9 +157,9 @@ def test_markdown_has_a_table_per_group():
         "Geometric means",
     ]
     floor, torch, bnext, failed = (tuple(line.values()) for line in tables["nets: fwd, nchw, float32, 2 threads"])
-    assert tuple(tables["none: fwd, nchw, float32, 2 threads"][0]) == files.COLUMNS
+    assert tuple(tables["none: fwd, nchw, float32, 2 threads"][0]) == texts.COLUMNS
     place = ("conv1", "32x64x56x56")
-    assert floor == (*place, "floor", "33333", "0.0", "1.54", "100", "", "", "", "")
+    assert floor == (*place, "floor", "33333", "once", "1.54", "100", "", "", "", "")
     assert torch == (*place, "torch", "70000", "23.8", "0.734", "47.6", "1.00", "3.00", "", "")
     assert bnext == (*place, "bnext", "~33333", "3.3", "1.54", "100", "2.10", "0.500", "2", "two sweeps")
     assert failed == ("conv2", *place[1:], "bnext", OUT_OF_MEMORY, *[""] * 6, DETAIL.replace("\n", " "))
@@ -189,7 +190,7 @@ def test_markdown_of_the_means():
     [(None, ""), (0.0123456, "0.0123"), (1, "1.00"), (99.94, "99.9"), (99.96, "100"), (1e6, "1000000")],
 )
 def test_digits(value, text):
-    assert files.digits(value) == text
+    assert texts.digits(value) == text
 
 
 def test_writing_replaces_the_whole_file(tmp_path):
@@ -218,9 +219,9 @@ def html(monkeypatch):
 def test_page_is_well_formed_and_complete(html):
     parsed = Page(html)
     head, *lines = parsed.tables["rows"]
-    assert head == ["suite", "mode", "layout", "dtype", "threads", *files.COLUMNS]
+    assert head == ["suite", "mode", "layout", "dtype", "threads", *texts.COLUMNS]
     assert lines == [
-        [row.case.suite, row.case.mode, "nchw", "float32", str(row.case.threads), *files.cells(row)] for row in ROWS
+        [row.case.suite, row.case.mode, "nchw", "float32", str(row.case.threads), *texts.cells(row)] for row in ROWS
     ]
     assert lines[3][-1] == DETAIL.replace("\n", " ")
     assert [line[5] for line in parsed.tables["means"]] == ["backend", "floor", "torch", "bnext", "bnext", "bnext"]

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 
 from bench import run
@@ -15,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 if any result was wrong, 2 for bad arguments, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else argv
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves what was measured, as Ctrl-C does
         if not words or words[0] not in _COMMANDS:
             return run.run(_PROG, words)
         command = importlib.import_module(f"bench.{words[0]}")

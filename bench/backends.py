@@ -93,8 +93,8 @@ def find(name: str) -> Backend:
         raise ValueError(f"expected one of {', '.join(BACKENDS)} or MODULE:FUNCTION, got {name!r}")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name} cannot be imported: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever the module does
+        raise ValueError(f"{name} cannot be imported: {' '.join(str(error).split())}") from None
     if not callable(found):
         raise ValueError(f"expected {name} to be a function with the signature of F.batch_norm, got {type(found)}")
     return Backend(name, f"{function} of {sys.modules[module].__name__}", lambda: found)

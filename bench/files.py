@@ -51,7 +51,11 @@ class Report:
 
 
 def write(path: Path, text: str) -> None:
-    """All of the text or, where that fails, what was in the file before."""
+    """All of the text or, where that fails, what was in the file before. A pipe or device is written to."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")

@@ -38,7 +38,7 @@ def _attempt(function: Callable[..., _Result], *arguments: Any) -> _Result:
         raise _Status(rows.OUT_OF_MEMORY, _first_line(error)) from None
     except (Unsupported, NotImplementedError) as error:
         raise _Status(rows.UNSUPPORTED, _first_line(error)) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # whatever a backend does
         text = _first_line(error)
         if "can't allocate memory" in str(error):  # how torch's CPU allocator says it
             raise _Status(rows.OUT_OF_MEMORY, text) from None
@@ -53,7 +53,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def measured(args: argparse.Namespace, progress: Callable[[str], None]) -> Iterator[list[Row]]:
-    """The rows of each case, as they are measured: the floor's, then one for each backend."""
+    """The rows of each case, as they are measured: the floor's where there are figures, and one for each backend."""
     for group in options.groups(args):
         case = group[0]
         progress(f"{case.suite} {case.layer}: inputs")
@@ -108,17 +108,24 @@ def _rows_of(case: Case, made: Inputs, expected: dict[str, Tensor], args: argpar
         torch.set_num_threads(case.threads)
     inputs = made.to(memory_format(case.layout, len(case.shape)))
     checked: dict[str, Candidate | _Status] = {}
-    of_torch = _or_status(verify.errors_of_torch, expected, inputs, case.mode)
-    for backend in args.backend:
-        checked[backend.name] = _or_status(_checked, backend, inputs, expected, case, of_torch)
+    check = _Check(case, inputs, expected, any(backend.name == "bnext" for backend in args.backend))
     calls = {rows.FLOOR: floor(inputs, case.mode)}
-    calls |= {name: each.call for name, each in checked.items() if isinstance(each, Candidate)}
-    peaks = {name: memory.peak_bytes(call, case.device) for name, call in calls.items() if name != rows.FLOOR}
-    if args.cuda_graph:
-        calls = {name: timing.captured(call) for name, call in calls.items()}
+    peaks: dict[str, int] = {}
+    for backend in args.backend:
+        name = backend.name
+        try:
+            each = _attempt(check.candidate, backend)
+            peaks[name] = _attempt(memory.peak_bytes, each.call, case.device)
+            calls[name] = _attempt(timing.captured, each.call) if args.cuda_graph else each.call
+            checked[name] = each
+        except _Status as status:
+            checked[name] = status
     with torch.cuda.profiler.profile() if args.run_once and case.device == "cuda" else nullcontext():
         samples = timing.interleaved(list(calls.values()), options.budget(args), case.device, not args.no_flush)
     times = dict(zip(calls, samples, strict=True))
+    for name, each in checked.items():
+        if isinstance(each, Candidate):
+            checked[name] = _or_status(check.again, name, each)
     found = []
     for name in (rows.FLOOR, *checked):
         each = checked.get(name)
@@ -127,7 +134,8 @@ def _rows_of(case: Case, made: Inputs, expected: dict[str, Tensor], args: argpar
             found.append(Row(case, name, each.status, each.detail, repro=repro))
             continue
         spread = timing.Spread.of(times[name])
-        baseline = timing.Spread.of(times[args.baseline]).median if args.baseline in times else None
+        measured = isinstance(checked[args.baseline], Candidate)
+        baseline = timing.Spread.of(times[args.baseline]).median if measured else None
         plan, passes = plans.predicted(case) if name == "bnext" else ("", None)
         found.append(
             Row(
@@ -146,19 +154,39 @@ def _rows_of(case: Case, made: Inputs, expected: dict[str, Tensor], args: argpar
     return found
 
 
-def _checked(
-    backend: Backend, inputs: Inputs, expected: dict[str, Tensor], case: Case, of_torch: dict[str, float] | _Status
-) -> Candidate:
-    """The backend's callable, which has returned what it should; raises _Status."""
-    if not backend.installed:
-        raise _Status(rows.NOT_INSTALLED, f"there is no package {backend.package} here")
-    if isinstance(of_torch, _Status):
-        raise of_torch
-    each = backends.candidate(backend, inputs, case.mode)
-    fault = verify.fault(backend.name, each, expected, inputs, case.mode, of_torch)
-    if fault:
-        raise _Status(rows.WRONG, fault)
-    return each
+class _Check:
+    """Checks the candidates of one case, before and after they are timed."""
+
+    def __init__(self, case: Case, inputs: Inputs, expected: dict[str, Tensor], with_bnext: bool) -> None:
+        self._case, self._inputs, self._expected = case, inputs, expected
+        self._before = {name: t.clone() for name, t in vars(inputs).items() if isinstance(t, Tensor)}
+        self._of_torch = _or_status(verify.errors_of_torch, expected, inputs, case.mode) if with_bnext else {}
+
+    def candidate(self, backend: Backend) -> Candidate:
+        """The backend's callable, whose first call has returned what it should; raises _Status."""
+        if not backend.installed:
+            raise _Status(rows.NOT_INSTALLED, f"there is no package {backend.package} here")
+        each = backends.candidate(backend, self._inputs, self._case.mode)
+        return self._judged(backend.name, each)
+
+    def again(self, name: str, each: Candidate) -> Candidate:
+        """The same after many calls."""
+        for name_of, buffer in each.buffers.items():
+            buffer.copy_(self._before[name_of])
+        return self._judged(name, each)
+
+    def _judged(self, name: str, each: Candidate) -> Candidate:
+        of_torch = self._of_torch if name == "bnext" else {}
+        if isinstance(of_torch, _Status):
+            raise of_torch
+        fault = verify.fault(name, each, self._expected, self._inputs, self._case.mode, of_torch)
+        for tensor, before in self._before.items():
+            if not torch.equal(getattr(self._inputs, tensor), before):
+                getattr(self._inputs, tensor).data.copy_(before)  # for those that come after
+                fault = f"changed its input {tensor}" + (f"; {fault}" if fault else "")
+        if fault:
+            raise _Status(rows.WRONG, fault)
+        return each
 
 
 def progress(text: str) -> None:

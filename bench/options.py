@@ -97,7 +97,11 @@ def _some_of(known: Any, of: Callable[[str], Any] = str) -> Callable[[str], list
 
 
 def _threads(text: str) -> list[int]:
-    return [positive(part) for part in text.split(",")]
+    found = [positive(part) for part in dict.fromkeys(text.split(","))]
+    most = 4 * (os.cpu_count() or 1)
+    if max(found) > most:
+        raise argparse.ArgumentTypeError(f"expected at most {most} on this machine, got {max(found)}")
+    return found
 
 
 def _backends(text: str) -> list[backends.Backend]:
@@ -160,13 +164,15 @@ def parser(prog: str) -> Parser:
         "default leaves malloc as it is (default: warm)",
     )
 
-    out = parser.add_argument_group("output, beside the table; FILE may be - for standard output")
+    out = parser.add_argument_group(
+        "output, beside the table; of --csv, --json and --md one FILE may be -, standard output"
+    )
     add = out.add_argument
     add("--csv", metavar="FILE", help="a line for each row")
     add("--json", metavar="FILE", help="everything: rows, all timings, the environment")
     add("--md", metavar="FILE", help="tables in Markdown")
-    add("--html", type=Path, metavar="FILE", help="one page with table, plots and environment")
-    add("--plot", type=Path, metavar="DIR", help="a PNG for each suite (needs matplotlib)")
+    add("--html", metavar="FILE", help="one page with table, plots and environment")
+    add("--plot", metavar="DIR", help="a PNG for each suite (needs matplotlib)")
     add("--repro", action="store_true", help="print the command that repeats each row alone")
     return parser
 
@@ -184,10 +190,18 @@ def parse(prog: str, argv: list[str]) -> argparse.Namespace:
         found.error("--threads is for --device cpu")
     if [args.csv, args.json, args.md].count("-") > 1:
         found.error("only one of --csv, --json and --md can be - at a time")
-    for option in ("csv", "json", "md", "html"):
-        target = getattr(args, option)
-        if target not in (None, "-") and not os.access(Path(target).resolve().parent, os.W_OK):
-            found.error(f"--{option}: there is no folder to write {target} in")
+    targets = {option: getattr(args, option) for option in ("csv", "json", "md", "html")}
+    for option, target in targets.items():
+        if target is None or (target == "-" and option != "html"):
+            continue
+        folder = Path(target).resolve().parent
+        writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+        if target in ("", "-") or Path(target).is_dir() or not writable:
+            found.error(f"--{option}: expected a file in a folder that can be written to, got {target!r}")
+        if list(targets.values()).count(target) > 1:
+            found.error(f"--{option}: {target} is the file of another option too")
+    if args.plot is not None and (not args.plot or (Path(args.plot).exists() and not Path(args.plot).is_dir())):
+        found.error(f"--plot: expected a folder, got {args.plot!r}")
     args.backend = args.backend or [backends.find(name) for name in backends.DEFAULT[args.device]]
     names = [backend.name for backend in args.backend]
     if args.baseline is None:
@@ -195,23 +209,25 @@ def parse(prog: str, argv: list[str]) -> argparse.Namespace:
     if args.baseline not in names:
         found.error(f"--baseline: expected one of --backend ({', '.join(names)}), got {args.baseline!r}")
     args.mode = args.mode or ["fwd", "bwd", "eval"]
-    args.suite = args.suite or ([] if args.shape else ["resnet50"])
+    args.suite = list(dict.fromkeys(args.suite or ())) or ([] if args.shape else ["resnet50"])
     min_time, timeout = _SECONDS[args.device]
     args.min_time = min_time if args.min_time is None else args.min_time
     args.timeout = max(timeout, args.min_time) if args.timeout is None else args.timeout
+    if args.min_time > args.timeout:
+        found.error(f"--timeout: expected at least --min-time ({args.min_time:g}), got {args.timeout:g}")
     return args
 
 
 def budget(args: argparse.Namespace) -> timing.Budget:
     """Of one case."""
-    return timing.Budget(min(args.min_time, args.timeout), args.max_noise, args.timeout, args.run_once)
+    return timing.Budget(args.min_time, args.max_noise, args.timeout, args.run_once)
 
 
 def groups(args: argparse.Namespace) -> Iterator[list[Case]]:
     """The cases, those with the same tensors together, and among them those of a mode."""
     shapes = [(name, layer, shape) for name in args.suite for layer, shape in SUITES[name].shapes(args.batch)]
     named = [(suite, layer.name, shape, layer.count) for suite, layer, shape in shapes]
-    named += [(CUSTOM, shape_text(shape), shape, 1) for shape in args.shape or ()]
+    named += [(CUSTOM, shape_text(shape), shape, 1) for shape in dict.fromkeys(args.shape or ())]
     for suite, layer, shape, count in named:
         layouts = args.layout or [layout for layout in LAYOUTS if memory_format(layout, len(shape))]
         for dtype in args.dtype:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from bench.cases import Case
@@ -12,6 +13,7 @@ SCHEMA = 1  # of the JSON document: schema, date, argv, interrupted, environment
 
 OK, WRONG, FAILED = "ok", "wrong", "failed"
 OUT_OF_MEMORY, UNSUPPORTED, NOT_INSTALLED = "out of memory", "unsupported", "not installed"
+_MOST_SAMPLES = 1000
 FLOOR = "floor"  # the backend that is no batch norm: see bench/floors.py
 
 
@@ -37,7 +39,7 @@ class Row:
     passes: float | None = None
     repro: str = ""
 
-    @property
+    @cached_property
     def spread(self) -> Spread | None:
         """Of the samples, in seconds; None without any."""
         return Spread.of(self.samples) if self.samples else None
@@ -48,14 +50,17 @@ class Row:
         return self.case.bytes / self.spread.median / 1e9 if self.spread else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the case's fields and the row's beside each other; seconds is the spread as a dict, or None."""
+        """For JSON: the case's fields and the row's beside each other; seconds is the spread as a dict, or None.
+
+        samples: every one, or every second, third, ... in order where there are more than 1000.
+        """
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("case", "samples")}
-        spread = self.spread
+        spread, count = self.spread, len(self.samples)
         figures = {
             "seconds": spread.as_dict() if spread else None,
             "noise": spread.noise if spread else None,
             "gb_per_s": self.gb_per_s,
-            "samples": list(self.samples),
+            "samples": [self.samples[i] for i in range(0, count, -(-count // _MOST_SAMPLES) or 1)],
         }
         return self.case.as_dict() | own | figures
 
@@ -64,7 +69,7 @@ class Row:
 class Mean:
     """Geometric means of a backend over the rows of a suite that differ in shape alone.
 
-    weighted by how often a layer occurs; layers: how many rows are in it; worst: the row with the least speedup.
+    weighted by how often a layer occurs; layers: how many rows have figures; worst: the row with the least speedup.
     """
 
     suite: str

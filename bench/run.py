@@ -24,7 +24,7 @@ def run(prog: str, argv: list[str]) -> int:
         print(listing(args.batch))
         return 0
     if args.plot and not plots.available():
-        print(f"{prog}: --plot needs matplotlib: pip install matplotlib", file=sys.stderr)
+        print(f"{prog}: {plots.MISSING}", file=sys.stderr)
         return 2
     settings = _settings(args)
     facts = environment.facts(args.device)
@@ -45,23 +45,23 @@ def run(prog: str, argv: list[str]) -> int:
         for measured in layers.measured(args, layers.progress):
             found += measured
             layers.progress("")
+            _write(args, report(interrupted=True))  # so that whoever ends this run early has what it measured
             if shown:
                 shown.rows(measured)
-            _write(args, report(interrupted=True))  # so that whoever ends this run early has what it measured
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         interrupted = True
     layers.progress("")
     final = report(interrupted)
     _write(args, final)
+    if args.html:
+        files.write(Path(args.html), page.html(final))
+    if args.plot:
+        plots.save(found, Path(args.plot), facts)
     if shown:
         shown.means(rows.means(found))
     for option, text in _TEXTS.items():
         if getattr(args, option) == "-":
             sys.stdout.write(text(final))
-    if args.plot:
-        plots.save(found, args.plot, facts)
-    if args.html:
-        files.write(args.html, page.html(final))
     return 130 if interrupted else int(any(row.status in _FAULTS for row in found))
 
 
@@ -111,5 +111,5 @@ def listing(batch: int | None) -> str:
     lines += ["", "backends:"]
     for backend in BACKENDS.values():
         lines += [f"    {backend.name:<13} {backend.about}{'' if backend.installed else ' - not installed'}"]
-    lines += [f"    {'MODULE:FUNC':<13} any function with the signature of F.batch_norm"]
+    lines += [f"    {'MODULE:FUNCTION'} any function with the signature of F.batch_norm"]
     return "\n".join(lines)

@@ -43,8 +43,27 @@ def wrong(*arguments):
     return 1.5 * F.batch_norm(*arguments)
 
 
+def in_place(x, *arguments):
+    y = F.batch_norm(x, *arguments)
+    x.data.mul_(2)
+    return y
+
+
+_CALLS = itertools.count()
+
+
 def right_at_first(*arguments):
-    raise TypeError("no such\nargument")
+    return F.batch_norm(*arguments) * (1 if next(_CALLS) == 0 else 2)
+
+
+def leaves(*arguments):
+    raise SystemExit(0)
+
+
+def fails_later(*arguments):
+    if next(_CALLS) > 0:
+        raise TypeError("not again")
+    return F.batch_norm(*arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,6 +114,27 @@ def test_a_wrong_backend_gets_no_speed(who, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert shown.count("wrong: ") == 6
     assert not re.search(rf"1  {who} +\d", shown)
+
+
+@pytest.mark.parametrize(
+    ("who", "status", "detail"),
+    [
+        ("in_place", "wrong", "changed its input x"),
+        ("right_at_first", "wrong", "y: error"),
+        ("leaves", "failed", "SystemExit: 0"),
+        ("fails_later", "failed", "TypeError: not again"),
+    ],
+)
+def test_a_bad_backend_harms_no_other(who, status, detail, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "this_module", sys.modules[__name__])
+    for mode in ("fwd", "eval"):
+        monkeypatch.setitem(globals(), "_CALLS", itertools.count())
+        options = ("--backend", f"bnext,this_module:{who},torch", "--mode", mode, "--layout", "nchw")
+        found = {row["backend"].rpartition(":")[2]: row for row in document(tmp_path, *options, code=1)["rows"]}
+        assert [name for name, row in found.items() if row["status"] == "ok"] == ["floor", "bnext", "torch"]
+        assert (found[who]["status"], found[who]["seconds"]) == (status, None)
+        assert found[who]["detail"].startswith(detail)
+        assert found["bnext"]["speedup"] > 0
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")

@@ -154,7 +154,7 @@ def _document(name: str, path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _Refusal(f"{expected}, got {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _Refusal(f"{expected}, got no JSON ({error})") from error
     if not isinstance(document, dict) or "schema" not in document:
         raise _Refusal(f"{expected}, got JSON without a schema")
@@ -179,8 +179,14 @@ def _rows(name: str, path: Path, document: dict[str, Any]) -> _Rows:
             )
             measured = row["status"] == OK and row["seconds"] is not None
             figures = _Figures(Spread(**row["seconds"]), "") if measured else _Figures(None, _fault(row))
-            if figures.seconds and not 0 < figures.seconds.median < math.inf:
-                raise ValueError(f"a median of {figures.seconds.median} s")
+            spread = figures.seconds
+            if spread and not 0 < spread.median < math.inf:
+                raise ValueError(f"a median of {spread.median} s")
+            if spread and not 0 < spread.p20 <= spread.median <= spread.p80 < math.inf:
+                raise ValueError(f"percentiles {spread.p20} and {spread.p80} s about a median of {spread.median} s")
+            wanted = (tuple, str, str, str, str, int, str)
+            if not all(map(isinstance, fields, wanted)) or not isinstance(spread.count if spread else 1, int):
+                raise ValueError("a field of another type")
             rows[_Key(*fields, repeats[fields])] = figures
             repeats[fields] += 1
         except (KeyError, TypeError, ValueError) as error:

@@ -152,6 +152,8 @@ def _problem(args: argparse.Namespace) -> str:
         return f"--batch: expected at most the {digits.TRAIN_IMAGES} images to train on, got {args.batch}"
     if args.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: torch finds no NVIDIA GPU here"
+    if not 0 <= args.seed < 2**63:
+        return f"--seed: expected a number from 0 to 2^63 - 1, got {args.seed}"
     return ""
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -97,7 +96,7 @@ def find(name: str) -> Backend:
         raise ValueError(f"{name} cannot be imported: {' '.join(str(error).split())}") from None
     if not callable(found):
         raise ValueError(f"expected {name} to be a function with the signature of F.batch_norm, got {type(found)}")
-    return Backend(name, f"{function} of {sys.modules[module].__name__}", lambda: found)
+    return Backend(name, "yours", lambda: found)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ DTYPES = {
 }
 MOMENTUM, EPS = 0.1, 1e-5  # the defaults of torch.nn.BatchNorm2d
 
-_PASSES = {"fwd": 2, "bwd": 3, "fwd_bwd": 5, "eval": 2}
+PASSES = {"fwd": 2, "bwd": 3, "fwd_bwd": 5, "eval": 2}
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,17 @@ class Case:
     threads: int
 
     @property
+    def tensor_bytes(self) -> int:
+        """Of one tensor [N, C, ...]."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
     def bytes(self) -> int:
         """What must move of the tensors [N, C, ...]: fwd and eval read x, write y; bwd reads x and dy, writes dx.
 
         fwd_bwd is the sum of fwd and bwd. What is read or written per channel is not counted.
         """
-        return _PASSES[self.mode] * math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return PASSES[self.mode] * self.tensor_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, and bytes."""

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -35,6 +34,7 @@ def _attempt(function: Callable[..., _Result], *arguments: Any) -> _Result:
     except _Status:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
+        torch.cuda.empty_cache()
         raise _Status(rows.OUT_OF_MEMORY, _first_line(error)) from None
     except (Unsupported, NotImplementedError) as error:
         raise _Status(rows.UNSUPPORTED, _first_line(error)) from None
@@ -43,9 +43,6 @@ def _attempt(function: Callable[..., _Result], *arguments: Any) -> _Result:
         if "can't allocate memory" in str(error):  # how torch's CPU allocator says it
             raise _Status(rows.OUT_OF_MEMORY, text) from None
         raise _Status(rows.FAILED, f"{type(error).__name__}: {text}") from None
-    finally:
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
 
 
 def _first_line(error: BaseException) -> str:
@@ -70,12 +67,8 @@ def measured(args: argparse.Namespace, progress: Callable[[str], None]) -> Itera
                 expected = {case.mode: _or_status(verify.oracle, inputs, case.mode)}  # of all layouts
             oracle = expected[case.mode]
             progress(where)
-            try:
-                if isinstance(oracle, _Status):
-                    raise oracle
-                yield _attempt(_rows_of, case, inputs, oracle, args)
-            except _Status as status:
-                yield _without_figures(case, status, args)
+            found = oracle if isinstance(oracle, _Status) else _or_status(_rows_of, case, inputs, oracle, args)
+            yield _without_figures(case, found, args) if isinstance(found, _Status) else found
 
 
 def _refused(case: Case) -> _Status | None:
@@ -123,6 +116,7 @@ def _rows_of(case: Case, made: Inputs, expected: dict[str, Tensor], args: argpar
     with torch.cuda.profiler.profile() if args.run_once and case.device == "cuda" else nullcontext():
         samples = timing.interleaved(list(calls.values()), options.budget(args), case.device, not args.no_flush)
     times = dict(zip(calls, samples, strict=True))
+    medians = {name: timing.Spread.of(taken).median for name, taken in times.items()}
     for name, each in checked.items():
         if isinstance(each, Candidate):
             checked[name] = _or_status(check.again, name, each)
@@ -133,18 +127,16 @@ def _rows_of(case: Case, made: Inputs, expected: dict[str, Tensor], args: argpar
         if isinstance(each, _Status):
             found.append(Row(case, name, each.status, each.detail, repro=repro))
             continue
-        spread = timing.Spread.of(times[name])
-        measured = isinstance(checked[args.baseline], Candidate)
-        baseline = timing.Spread.of(times[args.baseline]).median if measured else None
+        compared = isinstance(checked[args.baseline], Candidate)
         plan, passes = plans.predicted(case) if name == "bnext" else ("", None)
         found.append(
             Row(
                 case,
                 name,
                 samples=times[name],
-                noisy=spread.noise > args.max_noise,
-                floor_share=timing.Spread.of(times[rows.FLOOR]).median / spread.median,
-                speedup=None if baseline is None else baseline / spread.median,
+                noisy=timing.Spread.of(times[name]).noise > args.max_noise,
+                floor_share=medians[rows.FLOOR] / medians[name],
+                speedup=medians[args.baseline] / medians[name] if compared else None,
                 peak_bytes=peaks.get(name),
                 plan=plan,
                 passes=passes,
@@ -187,10 +179,3 @@ class _Check:
         if fault:
             raise _Status(rows.WRONG, fault)
         return each
-
-
-def progress(text: str) -> None:
-    """Replaces the progress line on a terminal; "" clears it."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[K{text}")
-        sys.stderr.flush()

@@ -4,9 +4,9 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -16,7 +16,8 @@ from bench.suites import SUITES
 
 CUSTOM = "custom"  # the suite of shapes given by --shape
 _SECONDS = {"cpu": (0.5, 2.0), "cuda": (0.25, 1.0)}  # --min-time and --timeout
-
+_MAX_NOISE = 0.05
+_ALLOCATOR = "warm"
 
 _ABOUT = """\
 Times batch norm, bnext beside others. Everything that is timed is first checked against a float64 oracle: a wrong
@@ -83,15 +84,15 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-def _some_of(known: Any, of: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
+def _some_of(known: Collection[str]) -> Callable[[str], list[str]]:
     """Reads one or several names, with commas between them."""
 
-    def read(text: str) -> list[Any]:
+    def read(text: str) -> list[str]:
         names = text.split(",")
         wrong = [name for name in names if name not in known]
         if wrong:
             raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {wrong[0]!r}")
-        return [of(name) for name in dict.fromkeys(names)]
+        return list(dict.fromkeys(names))
 
     return read
 
@@ -151,7 +152,13 @@ def parser(prog: str) -> Parser:
     how = parser.add_argument_group("how long and how")
     add = how.add_argument
     add("--min-time", type=_seconds, metavar="S", help="seconds for each case at least (default: 0.5; CUDA 0.25)")
-    add("--max-noise", type=percentage, default=0.05, metavar="P", help="go on while a row has more (default: 5%%)")
+    add(
+        "--max-noise",
+        type=percentage,
+        default=_MAX_NOISE,
+        metavar="P",
+        help="go on while a row has more (default: 5%%)",
+    )
     add("--timeout", type=_seconds, metavar="S", help="but no longer than that (default: 2; CUDA 1)")
     add("--run-once", action="store_true", help="after the check one call each, between cudaProfilerStart and Stop")
     add("--no-flush", action="store_true", help="CUDA: leave in the L2 cache what the call before left there")
@@ -159,7 +166,7 @@ def parser(prog: str) -> Parser:
     add(
         "--allocator",
         choices=("warm", "default"),
-        default="warm",
+        default=_ALLOCATOR,
         help="CPU: warm lets glibc keep freed memory, so that no timing depends on how fast fresh pages are; "
         "default leaves malloc as it is (default: warm)",
     )
@@ -249,13 +256,11 @@ def repro(case: Case, backend: str, args: argparse.Namespace) -> str:
     words += ["--backend", ",".join(names)]
     if args.baseline != "torch":
         words += ["--baseline", args.baseline]
-    defaults = parser("").parse_args([])
-    for option in ("min_time", "timeout", "max_noise"):
-        value = getattr(args, option)
-        default = dict(zip(("min_time", "timeout"), _SECONDS[args.device], strict=True)).get(option, 0.05)
-        if value != default:
-            words += [f"--{option.replace('_', '-')}", f"{100 * value:g}%" if option == "max_noise" else f"{value:g}"]
+    min_time, timeout = _SECONDS[args.device]
+    words += ["--min-time", f"{args.min_time:g}"] if args.min_time != min_time else []
+    words += ["--timeout", f"{args.timeout:g}"] if args.timeout != timeout else []
+    words += ["--max-noise", f"{100 * args.max_noise:g}%"] if args.max_noise != _MAX_NOISE else []
     for option in ("run_once", "no_flush", "cuda_graph"):
         words += [f"--{option.replace('_', '-')}"] if getattr(args, option) else []
-    words += ["--allocator", args.allocator] if args.allocator != defaults.allocator else []
+    words += ["--allocator", args.allocator] if args.allocator != _ALLOCATOR else []
     return " ".join(words)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import Case
+from bench.cases import PASSES, Case
 from bnext import _C
 
 _L2 = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
@@ -28,15 +28,14 @@ def _of_mode(case: Case, mode: str) -> tuple[str, float]:
 def _on_cpu(case: Case, mode: str) -> tuple[str, float]:
     """Passes count what the kernels read again as free where a core's second-level cache holds it."""
     if mode == "eval":
-        return "one step", 2
+        return "one step", PASSES[mode]
     n, c, *spatial = case.shape
     group = _C.cpu_group(
         n, c, math.prod(spatial), channels_last=case.layout == "nhwc", dtype=case.dtype, threads=case.threads
     )
-    inputs, floor = (2, 3) if mode == "bwd" else (1, 2)
-    tensor = case.bytes / {"fwd": 2, "bwd": 3, "fwd_bwd": 5}[case.mode]
-    held = inputs * tensor * (min(group, c) / c if group else 1)
-    passes = floor if held <= _second_level_cache() else floor + inputs
+    inputs = 2 if mode == "bwd" else 1
+    held = inputs * case.tensor_bytes * (min(group, c) / c if group else 1)
+    passes = PASSES[mode] + (0 if held <= _second_level_cache() else inputs)
     return (f"by {min(group, c)} channels" if group else "two steps"), passes
 
 
@@ -70,5 +69,5 @@ def _on_cuda(case: Case, mode: str) -> tuple[str, float]:
             "cooperative": True,  # as all that torch 2.11 supports are
         },
     )  # fmt: skip
-    tensor = plan["written"]
-    return f"{plan['strategy']} {plan['blocks']}x{plan['threads']}", (plan["read"] + plan["written"]) / tensor
+    passes = (plan["read"] + plan["written"]) / case.tensor_bytes
+    return f"{plan['strategy']} {plan['blocks']}x{plan['threads']}", passes

@@ -42,15 +42,15 @@ def run(prog: str, argv: list[str]) -> int:
 
     interrupted = False
     try:
-        for measured in layers.measured(args, layers.progress):
+        for measured in layers.measured(args, _progress):
             found += measured
-            layers.progress("")
+            _progress("")
             _write(args, report(interrupted=True))  # so that whoever ends this run early has what it measured
             if shown:
                 shown.rows(measured)
     except (KeyboardInterrupt, BrokenPipeError):
         interrupted = True
-    layers.progress("")
+    _progress("")
     final = report(interrupted)
     _write(args, final)
     if args.html:
@@ -63,6 +63,13 @@ def run(prog: str, argv: list[str]) -> int:
         if getattr(args, option) == "-":
             sys.stdout.write(text(final))
     return 130 if interrupted else int(any(row.status in _FAULTS for row in found))
+
+
+def _progress(text: str) -> None:
+    """Replaces the progress line on a terminal; "" clears it."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{text}")
+        sys.stderr.flush()
 
 
 def _write(args: argparse.Namespace, report: Report) -> None:

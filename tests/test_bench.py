@@ -261,3 +261,22 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path):
     assert len(table.read_text().splitlines()) == 1 + len(found["rows"])
     assert "Geometric means" in out
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_closed_pipe_and_an_end_from_outside_leave_what_was_measured(tmp_path):
+    file, page = tmp_path / "run.json", tmp_path / "run.html"
+    run = process(*QUICK, "--json", str(file), "--html", str(page), stdout=subprocess.PIPE)
+    run.stdout.readline()  # the heading; then nobody listens any more
+    run.stdout.close()
+    assert run.wait(60) == 141
+    run.stderr.close()
+    assert len(json.loads(file.read_text())["rows"]) >= 3
+    assert "</html>" in page.read_text()
+    run = process("--min-time", "0.4", "--suite", "small", "--json", str(file), stdout=subprocess.DEVNULL)
+    file.unlink()
+    while not file.exists():
+        time.sleep(0.02)
+    run.terminate()
+    assert run.communicate(timeout=60)[1] == ""
+    assert run.returncode == 130
+    assert json.loads(file.read_text())["interrupted"]

@@ -47,6 +47,15 @@ def test_every_output_is_checked(output, name, fault):
     assert verify.fault(name, Broken, expected, inputs, "fwd_bwd", of_torch).startswith(f"{output}: ")
 
 
+def test_a_wrong_torch_is_no_excuse():
+    """bnext is measured by torch's errors, but not if those are nonsense."""
+    inputs = make_inputs((4, 6, 5, 3), torch.float32, "cpu")
+    expected = verify.oracle(inputs, "eval")
+    each = backends.candidate(backends.Backend("bnext", "", lambda: lambda *a: 2 * F.batch_norm(*a)), inputs, "eval")
+    found = verify.fault("bnext", each, expected, inputs, "eval", dict.fromkeys(expected, math.inf))
+    assert found.startswith("y: error ")
+
+
 def test_a_bnext_that_is_torch_is_noticed():
     inputs = make_inputs((4, 6, 5, 3), torch.float32, "cpu")
     expected = verify.oracle(inputs, "fwd")

@@ -274,7 +274,8 @@ def test_a_closed_pipe_and_an_end_from_outside_leave_what_was_measured(tmp_path)
     assert "</html>" in page.read_text()
     run = process("--min-time", "0.4", "--suite", "small", "--json", str(file), stdout=subprocess.DEVNULL)
     file.unlink()
-    while not file.exists():
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     run.terminate()
     assert run.communicate(timeout=60)[1] == ""

@@ -32,8 +32,6 @@ def run(prog: str, argv: list[str]) -> int:
         facts["collect_env"] = environment.report()
     quiet = "-" in (args.csv, args.json, args.md)
     shown = None if quiet else table.table(args.repro)
-    if shown:
-        print(_heading(args, facts, settings), flush=True)
     found: list[Row] = []
     date = environment.now()
 
@@ -42,6 +40,8 @@ def run(prog: str, argv: list[str]) -> int:
 
     interrupted = False
     try:
+        if shown:
+            print(_heading(args, facts, settings), flush=True)
         for measured in layers.measured(args, _progress):
             found += measured
             _progress("")

@@ -39,13 +39,13 @@ BNEXT_DEVICE inline void add_shifted(V* sum, V x, P shift) {
 
 // Welford (1962), for k values at once: takes values with sums sum(x - origin) and sum((x - origin)^2) about a's own
 // origin into a, the moments of n values; inverse = 1 / (n + k). If the origin is the mean of a share of all n + k
-// values, the second sum is by Cauchy-Schwarz at most (1 + 1 / share) * m2, so little cancels.
-template <class A>
-BNEXT_DEVICE inline void welford_push(Moments<A>& a, A n, const A* sum, A inverse) {
+// values, the second sum is by Cauchy-Schwarz at most (1 + 1 / share) * m2, so little cancels. N is A or its element.
+template <class A, class N>
+BNEXT_DEVICE inline void welford_push(Moments<A>& a, N n, const A* sum, N inverse) {
   const A total = sum[0] + n * a.offset, offset = total * inverse;
   const A m2 = a.m2 + (n * a.offset * a.offset + (sum[1] - total * offset));
   a.offset = offset;
-  a.m2 = m2 < 0 ? 0 : m2;
+  a.m2 = m2 < 0 ? A{} : m2;
 }
 
 // Moves the origin to the mean; what rounding takes from the sum of the two parts stays in the offset.
@@ -56,18 +56,18 @@ BNEXT_DEVICE inline void recenter(Moments<A>& a) {
   a.origin = mean;
 }
 
-// Chan, Golub & LeVeque (1979): takes n_b values with moments b into a, the moments of n_a values.
-// Infinite means add up as they would in a sum: their difference would make a NaN of an infinity.
-template <class A>
-BNEXT_DEVICE inline void chan_combine(Moments<A>& a, A n_a, const Moments<A>& b, A n_b) {
+// Chan, Golub & LeVeque (1979): takes n_b values with moments b into a, the moments of n_a values. N is A or its
+// element. Infinite means add up as they would in a sum: their difference would make a NaN of an infinity.
+template <class A, class N>
+BNEXT_DEVICE inline void chan_combine(Moments<A>& a, N n_a, const Moments<A>& b, N n_b) {
   if (n_b == 0) return;
   if (n_a == 0) {
     a = b;
     return;
   }
-  const A share = n_b / (n_a + n_b);
+  const N share = n_b / (n_a + n_b);
   const A delta = (b.origin - a.origin) + (b.offset - a.offset);
-  a.offset = std::isfinite(delta) ? a.offset + delta * share : a.mean() + b.mean();
+  a.offset = delta - delta == 0 ? a.offset + delta * share : a.mean() + b.mean();
   a.m2 = a.m2 + b.m2 + delta * delta * (share * n_a);
 }
 

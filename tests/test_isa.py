@@ -72,4 +72,5 @@ def test_no_wide_code_can_be_merged_into_another_unit():
     assert len(units) == 2
     for unit in units:
         names = subprocess.run(["nm", "--defined-only", "-C", unit], capture_output=True, text=True, check=True).stdout
-        assert [line for line in names.splitlines() if line.split()[1] in "WVu" and "DW.ref" not in line] == []
+        shared = [line for line in names.splitlines() if line.split()[1] in "WVu" and "DW.ref" not in line]
+        assert [line for line in shared if f"bnext::{unit.stem}::" not in line] == []

@@ -1,8 +1,7 @@
 // Backward of both, for kernels.inl: grad_weight = sum(dy * (x - mean)) * invstd, grad_bias = sum(dy), grad_input.
 //
-// Sums are in double. With E = N * C * S * itemsize:
-// reduce reads 2E, apply reads 2E (from cache where the channels taken together are few enough; E in evaluation) and
-// writes E.
+// With E = N * C * S * itemsize: reduce reads 2E, apply reads 2E (from cache where the channels taken together are few
+// enough; E in evaluation) and writes E.
 #pragma once
 
 #include "common.inl"
@@ -13,63 +12,72 @@ namespace {
 
 constexpr int kBackwardFactors = 4;  // mean, scale, grad_mean, projection
 
-// partials[k, 0, c] and partials[k, 1, c] = the two sums over chunk k.
+// partials[k, 0, c] and partials[k, 1, c] = the two sums over chunk k, with products in A.
+template <class A, class T>
+void planar_products(const BackwardParams& p, const Tiling& tiling, double* partials, int64_t begin, int64_t end,
+                     int64_t k) {
+  const auto* mean = static_cast<const Compute<T>*>(p.mean);
+  const T* grad_output = static_cast<const T*>(p.grad_output);
+  const T* input = static_cast<const T*>(p.input);
+  RunSums<A, 2> sums[kGroup] = {};
+  for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
+    for_runs(p, tiling.block(b), begin, end, [&](int64_t at, int64_t size, int64_t c) {
+      const auto f = [m = static_cast<A>(mean[c])](auto* s, auto dy, auto x) { math::add_products(s, dy, x, m); };
+      sums[c - begin].add(size, p.C * p.S, f, grad_output + at, input + at);
+    });
+  }
+  for (int64_t c = begin; c < end; ++c)
+    for (int t = 0; t < 2; ++t) partials[t * p.C + c] = sums[c - begin].total(t);
+}
+
+template <class A, class T>
+void row_products(const BackwardParams& p, const Tiling& tiling, double* partials, int64_t k) {
+  const Row row(p.C);
+  const std::unique_ptr<double[]> sums(new double[2 * row.width()]());
+  const std::unique_ptr<A[]> mean(new A[row.width()]);
+  for (int64_t c = 0; c < p.C; ++c) mean[c] = static_cast<A>(static_cast<const Compute<T>*>(p.mean)[c]);
+  repeat(mean.get(), row);
+  const int64_t begin = tiling.block(tiling.chunk_begin(k)).plane_begin * p.C;
+  const auto products = [](auto* s, auto mean, auto dy, auto x) { math::add_products(s, dy, x, mean); };
+  RowSums<A, 2>(sums.get(), row.width())
+      .add(tiling.chunk_count(k) * p.C, products, mean.get(), static_cast<const T*>(p.grad_output) + begin,
+           static_cast<const T*>(p.input) + begin);
+  fold(sums.get(), 2, row);
+  for (int t = 0; t < 2; ++t) std::copy_n(sums.get() + t * row.width(), p.C, partials + t * p.C);
+}
+
 template <class T>
 void backward_reduce(const BackwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels,
                      Range chunks) {
-  const Compute<T>* mean = static_cast<const Compute<T>*>(p.mean);
-  const T* grad_output = static_cast<const T*>(p.grad_output);
-  const T* input = static_cast<const T*>(p.input);
-  const auto products = [](auto* s, auto mean, auto dy, auto x) { math::add_products(s, dy, x, mean); };
   if (p.layout == Layout::planar) {
     for_groups(channels, chunks, [&](int64_t begin, int64_t end, int64_t k) {
-      RunSums<T, 2> sums[kGroup] = {};
-      for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
-        for_runs(p, tiling.block(b), begin, end, [&](int64_t at, int64_t size, int64_t c) {
-          const auto f = [=, m = static_cast<double>(mean[c])](auto* s, auto dy, auto x) { products(s, m, dy, x); };
-          sums[c - begin].add(size, f, grad_output + at, input + at);
-        });
-      }
-      for (int64_t c = begin; c < end; ++c)
-        for (int t = 0; t < 2; ++t) scratch.partials[(2 * k + t) * p.C + c] = sums[c - begin].total(t);
+      planar_products<Compute<T>, T>(p, tiling, scratch.partials + 2 * k * p.C, begin, end, k);
     });
     return;
   }
-  RowSums<T, 2> rows(p.C);
-  for (int64_t k = chunks.begin; k < chunks.end; ++k) {
-    double* sums = scratch.partials + 2 * k * p.C;
-    for (int64_t i = 0; i < 2 * p.C; ++i) sums[i] = 0;
-    for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
-      const Tiling::Block block = tiling.block(b);
-      const int64_t at = block.plane_begin * p.C;
-      rows.add(sums, block.count(), products, mean, grad_output + at, input + at);
-    }
-  }
+  for (int64_t k = chunks.begin; k < chunks.end; ++k)
+    row_products<Compute<T>, T>(p, tiling, scratch.partials + 2 * k * p.C, k);
 }
 
 template <class T>
 void backward_finish(const BackwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels) {
-  using C = Compute<T>;
+  using A = Compute<T>;
+  const double count = static_cast<double>(p.count());
   for (int64_t c = channels.begin; c < channels.end; ++c) {
-    const double invstd = static_cast<const C*>(p.invstd)[c],
+    const double invstd = static_cast<const A*>(p.invstd)[c],
                  weight = p.weight ? read<double>(p.weight, p.param_dtype, c) : 1;
-    const auto factor = [&](int64_t j) -> C& {
-      return static_cast<C*>(scratch.factors)[factor_at<C, kBackwardFactors>(j, c)];
-    };
-    factor(0) = static_cast<const C*>(p.mean)[c];
-    factor(1) = static_cast<C>(weight * invstd);
-    if (!p.reduces()) continue;
     double sum_dy = 0, sum_dy_xmu = 0;
-    for (int64_t k = 0; k < tiling.chunks; ++k) {
+    for (int64_t k = 0; p.reduces() && k < tiling.chunks; ++k) {
       const double* partial = scratch.partials + 2 * k * p.C + c;
       sum_dy += partial[0];
       sum_dy_xmu += partial[p.C];
     }
     if (p.grad_bias) write(p.grad_bias, p.param_dtype, c, sum_dy);
     if (p.grad_weight) write(p.grad_weight, p.param_dtype, c, math::grad_weight(sum_dy_xmu, invstd));
-    const double count = static_cast<double>(p.count());
-    factor(2) = static_cast<C>(sum_dy / count);
-    factor(3) = static_cast<C>(math::projection(sum_dy_xmu, invstd, count));
+    const A grad_mean = static_cast<A>(sum_dy / count);
+    const A projection = static_cast<A>(math::projection(sum_dy_xmu, invstd, count));
+    put_factors<kBackwardFactors, A>(
+        p, scratch, c, {static_cast<const A*>(p.mean)[c], static_cast<A>(weight * invstd), grad_mean, projection});
   }
 }
 

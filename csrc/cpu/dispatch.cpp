@@ -41,7 +41,10 @@ void reduce_all(const Params& p, const Tiling& tiling, const Scratch& scratch, c
 template <class Params>
 void apply_all(const Params& p, const Scratch& scratch, const Steps<Params>& steps) {
   if (p.layout == Layout::channels_last) {
-    parallel(p.count(), p.C, [&](int64_t begin, int64_t end) { steps.apply(p, scratch, {0, p.C}, {begin, end}); });
+    const int64_t rows = Row(p.C).repeats;  // taken together
+    parallel((p.count() + rows - 1) / rows, rows * p.C, [&](int64_t begin, int64_t end) {
+      steps.apply(p, scratch, {0, p.C}, {rows * begin, std::min(rows * end, p.count())});
+    });
     return;
   }
   const int64_t pieces = std::min<int64_t>(p.S, 1 + 4 * at::get_num_threads() / (p.N * p.C));
@@ -59,8 +62,8 @@ void apply_all(const Params& p, const Scratch& scratch, const Steps<Params>& ste
 template <class Params>
 void run(const Params& p, bool reduces, bool applies, const Steps<Params>& steps) {
   const Tiling tiling(p);
-  std::vector<double> partials(reduces ? 3 * tiling.chunks * p.C : 0), factors(4 * (p.C + 16));
-  const Scratch scratch{partials.data(), factors.data()};
+  std::vector<double> partials(reduces ? 3 * tiling.chunks * p.C : 0), factors(4 * (Row(p.C).width() + 16));
+  const Scratch scratch{partials.data(), factors.data(), streams(p)};
   if (const int64_t group = group_channels(p, reduces, applies, at::get_num_threads())) {
     parallel(p.C, p.count(), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; c += group) {

@@ -1,10 +1,12 @@
 // Training and evaluation forward, for kernels.inl.
 //
-// Statistics are shifted sums within a block, in double, combined by Chan's formula across blocks. With E = N * C * S *
-// itemsize: reduce reads E, apply reads E (from cache where the channels taken together are few enough) and writes E.
+// Statistics are shifted sums within a block, short ones in float32, combined by Chan's formula across blocks. With E =
+// N * C * S * itemsize: reduce reads E, apply reads E (from cache where the channels taken together are few enough) and
+// writes E.
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <memory>
 
 #include "common.inl"
@@ -18,13 +20,15 @@ using Moments = math::Moments<double>;
 constexpr int kForwardFactors = 3;  // mean, scale, bias
 
 // scratch.partials is [chunks, 3, C]: Moments, part by part.
-Moments get_moments(const double* partial, int64_t C) {
-  return {partial[0], partial[C], partial[2 * C]};
+template <class V>
+math::Moments<V> get_moments(const double* partial, int64_t C) {
+  return {get<V>(partial), get<V>(partial + C), get<V>(partial + 2 * C)};
 }
-void put_moments(double* partial, int64_t C, const Moments& m) {
-  partial[0] = m.origin;
-  partial[C] = m.offset;
-  partial[2 * C] = m.m2;
+template <class V>
+void put_moments(double* partial, int64_t C, const math::Moments<V>& m) {
+  put(partial, m.origin);
+  put(partial + C, m.offset);
+  put(partial + 2 * C, m.m2);
 }
 
 // Moments of one channel of a block in double, two passes: for values whose shifted sums overflow (an infinity, a NaN,
@@ -45,89 +49,154 @@ Moments wide_moments(const ForwardParams& p, const Tiling::Block& block, int64_t
   return {0, mean, m2};
 }
 
-// A block's moments from its shifted sums, unless those have overflowed.
-template <class T>
-Moments block_moments(const ForwardParams& p, const Tiling::Block& block, int64_t c, double shift, double sum,
-                      double squares) {
-  if (!std::isfinite(squares)) return wide_moments<T>(p, block, c);
-  const double sums[2] = {sum, squares};
-  Moments moments{shift, 0, 0};
-  math::welford_push(moments, 0.0, sums, 1 / static_cast<double>(block.count()));
+// Below it squares of float32 numbers begin to lose digits.
+constexpr double kTiny = 1e-30;
+
+// Whether sums in A of count values about a shift can be used. Those in float32 are then as good as in double: no
+// square too large or too small, and a shift near the mean. Where all squares are 0, only a tiny eps would bring the
+// difference to light.
+template <class A>
+bool trusted(const ForwardParams& p, double squares, double m2, double count) {
+  const bool finite = squares <= std::numeric_limits<double>::max();
+  if (std::is_same_v<A, double>) return finite;
+  return finite & ((squares >= kTiny * count) | ((squares == 0) & (p.eps >= kTiny))) & (4 * m2 >= squares);
+}
+
+template <class V>
+math::Moments<V> moments_of(V shift, V sum, V squares, double count) {
+  const V sums[2] = {sum, squares};
+  math::Moments<V> moments{shift, {}, {}};
+  math::welford_push(moments, 0.0, sums, 1 / count);
   return moments;
 }
 
-// The part of a block that its shift is the mean of: all of it in float64; of narrower types a 64th, at least one
-// element of a plane, since the sums have 29 bits to lose.
-template <class T>
-Tiling::Block sample(Tiling::Block block) {
-  if constexpr (!std::is_same_v<T, double>) {
-    if (block.plane_end - block.plane_begin > 1) {
-      block.plane_end = block.plane_begin + (block.plane_end - block.plane_begin + 63) / 64;
+// The part of a block that its shift comes from: a 64th, at least eight values, from one plane where that has as many.
+inline Tiling::Block sample(Tiling::Block block) {
+  const int64_t wanted = std::max<int64_t>(8, block.count() / 64), planes = (wanted + block.size() - 1) / block.size();
+  block.plane_end = std::min(block.plane_end, block.plane_begin + planes);
+  block.end = std::min(block.end, block.begin + wanted);
+  return block;
+}
+
+// The shift that follows from a sample: its mean, but 0 where that is smaller than the spread, for then sums of the
+// values themselves lose less than those of differences, which are rounded.
+inline double shift_of(double sum, double squares, double count) {
+  const double mean = sum / count;
+  return 2 * mean * mean * count <= squares ? 0 : mean;
+}
+
+// Moments in each of a block's channels [begin, end), from sums in A about shifts that are means of a part of it.
+template <class A, class T>
+void planar_moments(const ForwardParams& p, const Tiling::Block& block, int64_t begin, int64_t end, Moments* moments) {
+  const T* x = static_cast<const T*>(p.input);
+  const double count = static_cast<double>(block.count());
+  const Tiling::Block head = sample(block);
+  A shift[kGroup];
+  RunSums<A, 2> heads[kGroup] = {};
+  for_runs(p, head, begin, end, [&](int64_t at, int64_t size, int64_t c) {
+    heads[c - begin].add(size, 0, [](auto* s, auto v) { math::add_shifted(s, v, A(0)); }, x + at);
+  });
+  for (int64_t i = 0; i < end - begin; ++i)
+    shift[i] = static_cast<A>(shift_of(heads[i].total(0), heads[i].total(1), static_cast<double>(head.count())));
+  RunSums<A, 2> sums[kGroup] = {};
+  for_runs(p, block, begin, end, [&](int64_t at, int64_t size, int64_t c) {
+    const auto f = [shift = shift[c - begin]](auto* s, auto v) { math::add_shifted(s, v, shift); };
+    sums[c - begin].add(size, p.C * p.S, f, x + at);
+  });
+  for (int64_t c = begin; c < end; ++c) {
+    const int64_t i = c - begin;
+    const double squares = sums[i].total(1);
+    moments[i] = moments_of(static_cast<double>(shift[i]), sums[i].total(0), squares, count);
+    if (trusted<A>(p, squares, moments[i].m2, count)) continue;
+    if constexpr (std::is_same_v<A, float>) {
+      planar_moments<double, T>(p, block, c, c + 1, moments + i);
     } else {
-      block.end = block.begin + (block.size() + 63) / 64;
+      moments[i] = wide_moments<T>(p, block, c);
     }
   }
-  return block;
 }
 
 template <class T>
 void forward_reduce_planar(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels,
                            Range chunks) {
-  const T* x = static_cast<const T*>(p.input);
   for_groups(channels, chunks, [&](int64_t begin, int64_t end, int64_t k) {
-    Moments moments[kGroup];
+    Moments moments[kGroup], block_moments[kGroup];
     double count = 0;
-    double shift[kGroup];
     for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
-      const Tiling::Block block = tiling.block(b), head = sample<T>(block);
-      RunSums<T, 1> heads[kGroup] = {};
-      for_runs(p, head, begin, end, [&](int64_t at, int64_t size, int64_t c) {
-        heads[c - begin].add(size, [](auto* s, auto v) { s[0] += v; }, x + at);
-      });
-      for (int64_t c = begin; c < end; ++c)
-        shift[c - begin] = heads[c - begin].total(0) / static_cast<double>(head.count());
-      RunSums<T, 2> sums[kGroup] = {};
-      for_runs(p, block, begin, end, [&](int64_t at, int64_t size, int64_t c) {
-        const auto f = [shift = shift[c - begin]](auto* s, auto v) { math::add_shifted(s, v, shift); };
-        sums[c - begin].add(size, f, x + at);
-      });
-      for (int64_t c = begin; c < end; ++c) {
-        const int64_t i = c - begin;
-        const auto block_stats = block_moments<T>(p, block, c, shift[i], sums[i].total(0), sums[i].total(1));
-        math::chan_combine(moments[i], count, block_stats, static_cast<double>(block.count()));
-      }
-      count += static_cast<double>(block.count());
+      const Tiling::Block block = tiling.block(b);
+      const double block_count = static_cast<double>(block.count());
+      planar_moments<Compute<T>, T>(p, block, begin, end, block_moments);
+      for (int64_t i = 0; i < end - begin; ++i) math::chan_combine(moments[i], count, block_moments[i], block_count);
+      count += block_count;
     }
     for (int64_t c = begin; c < end; ++c) put_moments(scratch.partials + 3 * k * p.C + c, p.C, moments[c - begin]);
   });
 }
 
+// [4, C]: moments of all channels of a block, from sums in A about shifts that are means of a part of it, and the
+// sums of squares.
+template <class A, class T>
+std::unique_ptr<double[]> row_moments(const ForwardParams& p, const Tiling::Block& block) {
+  const int64_t C = p.C;
+  const Row row(C);
+  const T* x = static_cast<const T*>(p.input) + block.plane_begin * C;
+  const double count = static_cast<double>(block.count()), head_count = static_cast<double>(sample(block).count());
+  const std::unique_ptr<double[]> memory(new double[2 * row.width()]());
+  double *sums = memory.get(), *squares = sums + row.width();
+  const std::unique_ptr<A[]> shift(new A[row.width()]());
+  const auto add_shifted = [](auto* s, auto shift, auto v) { math::add_shifted(s, v, shift); };
+  RowSums<A, 2>(sums, row.width()).add(sample(block).count() * C, add_shifted, shift.get(), x);
+  fold(sums, 2, row);
+  for (int64_t c = 0; c < C; ++c) shift[c] = static_cast<A>(shift_of(sums[c], squares[c], head_count));
+  repeat(shift.get(), row);
+  std::fill_n(sums, 2 * row.width(), 0.0);
+  RowSums<A, 2>(sums, row.width()).add(block.count() * C, add_shifted, shift.get(), x);
+  fold(sums, 2, row);
+  std::unique_ptr<double[]> moments(new double[4 * C]);
+  for (int64_t c = 0; c < C; ++c) moments[c] = static_cast<double>(shift[c]);
+  for_channels(0, C, [&](int64_t c, auto zero) {
+    using V = decltype(zero);
+    const V both[2] = {get<V>(sums + c), get<V>(squares + c)};
+    put_moments(moments.get() + c, C, moments_of(get<V>(moments.get() + c), both[0], both[1], count));
+    put(moments.get() + 3 * C + c, both[1]);
+  });
+  return moments;
+}
+
+// [4, C]: the same with what is not to be trusted done again in double.
+template <class T>
+std::unique_ptr<double[]> safe_row_moments(const ForwardParams& p, const Tiling::Block& block) {
+  const int64_t C = p.C;
+  const double count = static_cast<double>(block.count());
+  auto moments = row_moments<Compute<T>, T>(p, block);
+  const auto safe = [&](int64_t c) { return trusted<Compute<T>>(p, moments[3 * C + c], moments[2 * C + c], count); };
+  int64_t safe_ones = 0;
+  for (int64_t c = 0; c < C; ++c) safe_ones += safe(c);
+  if (safe_ones == C) return moments;
+  const auto wide = row_moments<double, T>(p, block);
+  for (int64_t c = 0; c < C; ++c) {
+    if (safe(c)) continue;
+    const bool finite = std::isfinite(wide[3 * C + c]);
+    put_moments(&moments[c], C, finite ? get_moments<double>(&wide[c], C) : wide_moments<T>(p, block, c));
+  }
+  return moments;
+}
+
 template <class T>
 void forward_reduce_channels_last(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range,
                                   Range chunks) {
-  const int64_t C = p.C;
-  const std::unique_ptr<double[]> memory(new double[3 * C]);
-  double *sums = memory.get(), *shift = sums + 2 * C;
-  RowSums<T, 1> heads(C);
-  RowSums<T, 2> both(C);
   for (int64_t k = chunks.begin; k < chunks.end; ++k) {
-    double* partial = scratch.partials + 3 * k * C;
+    double* partial = scratch.partials + 3 * k * p.C;
     double count = 0;
     for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
-      const Tiling::Block block = tiling.block(b), head = sample<T>(block);
-      const T* x = static_cast<const T*>(p.input) + block.plane_begin * C;
-      for (int64_t c = 0; c < C; ++c) sums[c] = 0;
-      heads.add(sums, head.count(), [](auto* s, auto, auto v) { s[0] += v; }, shift, x);
-      for (int64_t c = 0; c < C; ++c) shift[c] = sums[c] / static_cast<double>(head.count());
-      for (int64_t i = 0; i < 2 * C; ++i) sums[i] = 0;
-      const auto f = [](auto* s, auto shift, auto v) { math::add_shifted(s, v, shift); };
-      both.add(sums, block.count(), f, shift, x);
-      for (int64_t c = 0; c < C; ++c) {
-        Moments moments = get_moments(partial + c, C);
-        const auto block_stats = block_moments<T>(p, block, c, shift[c], sums[c], sums[C + c]);
-        math::chan_combine(moments, count, block_stats, static_cast<double>(block.count()));
-        put_moments(partial + c, C, moments);
-      }
+      const Tiling::Block block = tiling.block(b);
+      const auto of_block = safe_row_moments<T>(p, block);
+      for_channels(0, p.C, [&](int64_t c, auto zero) {
+        using V = decltype(zero);
+        auto moments = get_moments<V>(partial + c, p.C);
+        math::chan_combine(moments, count, get_moments<V>(&of_block[c], p.C), static_cast<double>(block.count()));
+        put_moments(partial + c, p.C, moments);
+      });
       count += static_cast<double>(block.count());
     }
   }
@@ -140,24 +209,37 @@ void forward_reduce(const ForwardParams& p, const Tiling& tiling, const Scratch&
                                                                                             channels, chunks);
 }
 
+// The moments of chunk 0 become those of all chunks.
+inline void combine_chunks(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels) {
+  for_channels(channels.begin, channels.end, [&](int64_t c, auto zero) {
+    using V = decltype(zero);
+    auto moments = get_moments<V>(scratch.partials + c, p.C);
+    double count = static_cast<double>(tiling.chunk_count(0));
+    for (int64_t k = 1; k < tiling.chunks; ++k) {
+      const double n = static_cast<double>(tiling.chunk_count(k));
+      math::chan_combine(moments, count, get_moments<V>(scratch.partials + 3 * k * p.C + c, p.C), n);
+      count += n;
+    }
+    put_moments(scratch.partials + c, p.C, moments);
+  });
+}
+
 template <class T>
 void forward_finish(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels) {
-  using C = Compute<T>;
+  using A = Compute<T>;
+  if (p.training) combine_chunks(p, tiling, scratch, channels);
+  const double count = static_cast<double>(p.count());
+  const double factor =
+      p.training && p.running_mean
+          ? math::average_factor(p.cumulative, p.momentum, p.num_batches_tracked ? *p.num_batches_tracked : 0)
+          : 0;
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     double mean = 0, var = 0;
     if (p.training) {
-      Moments moments{};
-      double count = 0;
-      for (int64_t k = 0; k < tiling.chunks; ++k) {
-        const double n = static_cast<double>(tiling.chunk_count(k));
-        math::chan_combine(moments, count, get_moments(scratch.partials + 3 * k * p.C + c, p.C), n);
-        count += n;
-      }
+      const Moments moments = get_moments<double>(scratch.partials + c, p.C);
       mean = moments.mean();
       var = math::biased_var(moments.m2, count);
       if (p.running_mean) {
-        const double factor =
-            math::average_factor(p.cumulative, p.momentum, p.num_batches_tracked ? *p.num_batches_tracked : 0);
         const auto update = [&](void* running, double batch) {
           const double old = read<double>(running, p.param_dtype, c);
           write(running, p.param_dtype, c, math::update_running(old, batch, factor));
@@ -169,15 +251,12 @@ void forward_finish(const ForwardParams& p, const Tiling& tiling, const Scratch&
       mean = read<double>(p.running_mean, p.param_dtype, c);
       var = read<double>(p.running_var, p.param_dtype, c);
     }
-    const C saved_mean = static_cast<C>(mean), saved_invstd = static_cast<C>(math::invstd(var, p.eps));
-    static_cast<C*>(p.mean)[c] = saved_mean;
-    static_cast<C*>(p.invstd)[c] = saved_invstd;
-    const auto factor = [&](int64_t j) -> C& {
-      return static_cast<C*>(scratch.factors)[factor_at<C, kForwardFactors>(j, c)];
-    };
-    factor(0) = saved_mean;
-    factor(1) = p.weight ? static_cast<C>(read<double>(p.weight, p.param_dtype, c)) * saved_invstd : saved_invstd;
-    factor(2) = p.bias ? static_cast<C>(read<double>(p.bias, p.param_dtype, c)) : C(0);
+    const A saved_mean = static_cast<A>(mean), invstd = static_cast<A>(math::invstd(var, p.eps));
+    static_cast<A*>(p.mean)[c] = saved_mean;
+    static_cast<A*>(p.invstd)[c] = invstd;
+    const A scale = p.weight ? static_cast<A>(read<double>(p.weight, p.param_dtype, c)) * invstd : invstd;
+    const A bias = p.bias ? static_cast<A>(read<double>(p.bias, p.param_dtype, c)) : A(0);
+    put_factors<kForwardFactors, A>(p, scratch, c, {saved_mean, scale, bias});
   }
 }
 

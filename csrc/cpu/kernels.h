@@ -30,9 +30,21 @@ struct Tiling {
   std::int64_t chunk_count(std::int64_t chunk) const;
 };
 
+// Rows of C channels as the channels_last kernels see them: where C is small, several make one row of `width` columns,
+// so that vectors are full; column i belongs to channel i % C.
+struct Row {
+  std::int64_t C, repeats;
+
+  explicit Row(std::int64_t C);
+  std::int64_t width() const { return repeats * C; }
+};
+
 // Channels that are reduced and then applied as a group, so that apply reads from cache what reduce has read; 0: each
 // step over the whole tensor. Both give the same bits.
 std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int threads);
+
+// Whether output is better written past the caches: they cannot hold it and two tensors of its size.
+bool streams(const Problem& p);
 
 struct Range {
   std::int64_t begin, end;
@@ -41,7 +53,8 @@ struct Range {
 // Scratch of one call.
 struct Scratch {
   double* partials;  // [chunks, at most 3, C]: what a reduction found in each chunk
-  void* factors;     // [4, C] of the compute type: what the elementwise pass needs of each channel
+  void* factors;     // [4, Row(C).width()] of the compute type: what the elementwise pass needs of each column
+  bool streaming;    // the elementwise pass writes past the caches
 };
 
 // One set for an instruction set and dtype. reduce reads the tensors once and writes partials; finish

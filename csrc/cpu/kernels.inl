@@ -1,5 +1,5 @@
 // The CPU loops, compiled once for each instruction set: the unit that includes this defines BNEXT_ISA (the namespace)
-// and BNEXT_SUM_LANES. Every sum has one order, given by the shape alone.
+// and BNEXT_VECTOR_BYTES. Every sum has one order, given by the shape alone.
 #include "backward.inl"
 #include "forward.inl"
 

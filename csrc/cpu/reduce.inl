@@ -1,5 +1,5 @@
-// Sums over a channel, for kernels.inl: in double from the first addition, in an order that does not depend on the
-// instruction set.
+// Sums over a channel, for kernels.inl: short sums of four in A, then in double, in an order that does not depend on
+// the instruction set. A is float for float32 and narrower types, or double.
 #pragma once
 
 #include "vec.h"
@@ -7,109 +7,189 @@
 namespace bnext::cpu::BNEXT_ISA {
 namespace {
 
-// Sums over runs of consecutive elements: term t is what f adds to sum[t] for each element. Element i of a run goes
-// into slot i % kSlots.
-template <class T, int terms>
+using std::int64_t;
+
+constexpr int kShort = 4;  // values summed in A
+
+// `count` ones in the last elements of a vector of A's integers.
+template <class A>
+auto last_lanes(int64_t count, int64_t first) {
+  static constexpr std::int32_t kTable[32] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                                              -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+  using Lane = std::conditional_t<std::is_same_v<A, float>, std::int32_t, int64_t>;
+  Vec<std::int32_t, lanes<A>> mask;
+  std::memcpy(&mask, kTable + count + first, sizeof(mask));
+  return __builtin_convertvector(mask, Vec<Lane, lanes<A>>);
+}
+
+// Sums over runs of consecutive elements: term t is what f adds to sum[t] for each element. Elements go into 16 slots:
+// element i into slot i % 16, except that the last count % 16 of a run go into the last slots.
+template <class A, int terms>
 class RunSums {
-  static constexpr int kSlots = 8, kLanes = BNEXT_SUM_LANES, kVectors = kSlots / kLanes;
-  static constexpr int kLine = 64 / sizeof(T), kAhead = 128 * kLine;
+  static constexpr int kSlots = 16, kPieces = kSlots / lanes<A>, kParts = lanes<A> / lanes<double>;
+  using Wide = Vec<double, lanes<double>>;
 
  public:
+  // `ahead` elements further on is what will be wanted soon.
   template <class F, class... P>
-  void add(std::int64_t count, F f, const P*... p) {
-    Vec<double, kLanes> sum[kVectors][terms];
-    unrolled<kVectors * terms>(
-        [&](auto i) { sum[i / terms][i % terms] = load<double, kLanes>(at(i / terms, i % terms)); });
-    const auto step = [&](std::int64_t i) {
-      unrolled<kVectors>([&](auto v) { f(sum[v], load<double, kLanes>(p + i + v * kLanes)...); });
+  void add(int64_t count, int64_t ahead, F f, const P*... p) {
+    if (count < kSlots) {
+      for (int64_t i = 0; i < count; ++i) {
+        A one[terms] = {};
+        f(one, static_cast<A>(to_float(p[i]))...);
+        for (int t = 0; t < terms; ++t) sums_[t][i] += static_cast<double>(one[t]);
+      }
+      return;
+    }
+    Wide sum[kPieces][terms][kParts];
+    each(sum, [](Wide& value, double* slots) { std::memcpy(&value, slots, sizeof(value)); });
+    // Of `length` times kSlots elements from i on and, if there are any, of the run's last ones, fewer than kSlots.
+    const auto step = [&](auto length, int64_t i, int64_t last) {
+      (prefetch<length * kSlots>(p + i + ahead), ...);
+#pragma GCC unroll 8
+      for (int piece = 0; piece < kPieces; ++piece) {
+        Vec<A, lanes<A>> some[terms] = {};
+        for (int u = 0; u < length; ++u) f(some, load<A>(p + i + u * kSlots + piece * lanes<A>)...);
+        if (last) {
+          auto fresh = last_lanes<A>(last, piece * lanes<A>);
+          Vec<A, lanes<A>> more[terms] = {};
+          f(more, load<A>(p + count - kSlots + piece * lanes<A>)...);
+#pragma GCC unroll 2
+          for (int t = 0; t < terms; ++t)
+            some[t] += bit_cast<Vec<A, lanes<A>>>(bit_cast<decltype(fresh)>(more[t]) & fresh);
+        }
+#pragma GCC unroll 2
+        for (int t = 0; t < terms; ++t) add_in_double(sum[piece][t], some[t]);
+      }
     };
-    std::int64_t i = 0;
-    for (; i + kLine <= count; i += kLine) {
-      (prefetch<kLine>(p + i + kAhead), ...);
-      unrolled<kLine / kSlots>([&](auto u) { step(i + u * kSlots); });
+    int64_t i = 0;
+    for (; i + kShort * kSlots <= count; i += kShort * kSlots) step(std::integral_constant<int, kShort>{}, i, 0);
+    if (i < count) {
+      const int64_t last = count % kSlots;
+      switch ((count - i) / kSlots) {
+        case 0:
+          step(std::integral_constant<int, 0>{}, i, last);
+          break;
+        case 1:
+          step(std::integral_constant<int, 1>{}, i, last);
+          break;
+        case 2:
+          step(std::integral_constant<int, 2>{}, i, last);
+          break;
+        default:
+          step(std::integral_constant<int, 3>{}, i, last);
+      }
     }
-    for (; i + kSlots <= count; i += kSlots) step(i);
-    unrolled<kVectors * terms>([&](auto i) { store(at(i / terms, i % terms), sum[i / terms][i % terms]); });
-    for (int slot = 0; i < count; ++i, ++slot) {
-      double one[terms] = {};
-      f(one, static_cast<double>(to_float(p[i]))...);
-      for (int t = 0; t < terms; ++t) sums_[t][slot] += one[t];
-    }
+    each(sum, [](Wide value, double* slots) { std::memcpy(slots, &value, sizeof(value)); });
   }
   double total(int term) const {
-    double total = 0;
-    for (double slot : sums_[term]) total += slot;
-    return total;
+    double slots[kSlots];
+    std::memcpy(slots, sums_[term], sizeof(slots));
+    for (int half = kSlots / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) slots[i] += slots[i + half];
+    return slots[0];
   }
 
  private:
-  double* at(int vector, int term) { return sums_[term] + vector * kLanes; }
+  template <class F>
+  void each(Wide (&sum)[kPieces][terms][kParts], F f) {
+#pragma GCC unroll 8
+    for (int piece = 0; piece < kPieces; ++piece)
+#pragma GCC unroll 2
+      for (int t = 0; t < terms; ++t)
+#pragma GCC unroll 2
+        for (int part = 0; part < kParts; ++part)
+          f(sum[piece][t][part], sums_[t] + piece * lanes<A> + part * lanes<double>);
+  }
   double sums_[terms][kSlots] = {};
 };
 
-// Sums over rows of C channels, one for each channel: what f adds to sum[t] for each row's element c goes, row by row,
-// into sums[t * C + c], by way of short sums of 64 rows. f also gets channel[c], a value that all rows share. Rows are
-// taken four side by side (two, of two tensors), so that sums are seldom loaded; a prefetcher loses its way between
-// them, so the memory ahead is asked for in its own order; where a row has several tiles, in the next rows.
-template <class T, int terms>
+// Sums over rows of `width` elements, one for each column: what f adds to sum[t] for element c of each row goes into
+// sums[t * width + c]; the last row may be short. f also gets channel[c], a value that all rows share. Rows are taken
+// in tiles that the nearest caches hold, since columns of a tile are summed one after the other; the next tile is asked
+// for in order of memory meanwhile.
+template <class A, int terms>
 class RowSums {
-  static constexpr int kLanes = BNEXT_SUM_LANES, kTile = 1024;  // channels at a time
-  static constexpr int kAhead = 4096 / sizeof(T);               // elements
+  static constexpr int kLanes = lanes<A>, kParts = lanes<A> / lanes<double>;
+  static constexpr int kColumns = BNEXT_VECTOR_BYTES == 64 ? 4 : 2;  // vectors whose sums are in registers
+  static constexpr int64_t kTileBytes = 32 * 1024;
+  using Wide = Vec<double, lanes<double>>;
 
  public:
-  explicit RowSums(std::int64_t C) : C_(C) {}
+  RowSums(double* sums, int64_t width) : sums_(sums), width_(width) {}
 
-  template <class F, class K, class... P>
-  void add(double* sums, std::int64_t rows, F f, const K* channel, const P*... p) {
-    constexpr int kSide = 4 / sizeof...(P), kRun = 64;
-    for (std::int64_t c = 0; c < C_; c += kTile) {
-      const std::int64_t size = C_ - c < kTile ? C_ - c : kTile;
-      for (std::int64_t row = 0; row < rows; row += kRun) {
-        const std::int64_t end = rows - row < kRun ? rows : row + kRun;
-        for (std::int64_t i = 0; i < terms * size; ++i) tile_[i] = 0;
-        std::int64_t r = row;
-        for (; r + kSide <= end; r += kSide) add_side_by_side<kSide>(size, f, channel + c, p + r * C_ + c...);
-        for (; r < end; ++r) add_side_by_side<1>(size, f, channel + c, p + r * C_ + c...);
-        add_tile(sums + c, size);
-      }
-    }
+  template <class F, class... P>
+  void add(int64_t elements, F f, const A* channel, const P*... p) const {
+    const int64_t rows = elements / width_, row_bytes = width_ * static_cast<int64_t>((sizeof(P) + ...));
+    const int64_t tile = std::max<int64_t>(2, kTileBytes / row_bytes / kShort) * kShort;
+    int64_t row = 0;
+    for (; row < rows; row += tile)
+      add_tile(std::min(tile, rows - row), width_, row + tile < rows, f, channel, p + row * width_...);
+    if (const int64_t rest = elements % width_) add_tile(1, rest, false, f, channel, p + rows * width_...);
   }
 
  private:
-  template <int rows, class F, class K, class... P>
-  void add_side_by_side(std::int64_t size, F f, const K* channel, const P*... p) {
-    std::int64_t c = 0;
-    for (; c + kLanes <= size; c += kLanes) {
-      double* tile = tile_ + c * terms;
-      if (C_ <= kTile) {
-        (prefetch<rows * kLanes>(p + kAhead + rows * c), ...);
-      } else {
-        unrolled<rows>([&](auto r) { (prefetch<kLanes>(p + (rows + r) * C_ + c), ...); });
+  // `size` columns of some rows.
+  template <class F, class... P>
+  void add_tile(int64_t rows, int64_t size, bool ahead, F f, const A* channel, const P*... p) const {
+    int64_t c = 0, asked = rows * width_;  // elements from p, in order of memory
+    ahead = ahead && size > kColumns * kLanes;
+    for (; c + kColumns * kLanes <= size; c += kColumns * kLanes)
+      ahead ? add_columns<kColumns, true>(rows, c, asked, f, channel + c, p...)
+            : add_columns<kColumns, false>(rows, c, asked, f, channel + c, p...);
+    for (; c + kLanes <= size; c += kLanes) add_columns<1, false>(rows, c, asked, f, channel + c, p...);
+    for (; c < size; ++c) {
+      for (int64_t row = 0, length; row < rows; row += length) {
+        length = row + kShort <= rows ? kShort : 1;
+        A some[terms] = {};
+        for (int64_t r = row; r < row + length; ++r)
+          f(some, channel[c], static_cast<A>(to_float(p[r * width_ + c]))...);
+        for (int t = 0; t < terms; ++t) sums_[t * width_ + c] += static_cast<double>(some[t]);
       }
-      Vec<double, kLanes> sum[terms];
-      const auto shared = load<double, kLanes>(channel + c);
-      unrolled<terms>([&](auto t) { sum[t] = load<double, kLanes>(tile + t * kLanes); });
-      unrolled<rows>([&](auto r) { f(sum, shared, load<double, kLanes>(p + r * C_ + c)...); });
-      unrolled<terms>([&](auto t) { store(tile + t * kLanes, sum[t]); });
     }
-    for (; c < size; ++c)
-      unrolled<rows>([&](auto r) {
-        f(tile_ + c * terms, static_cast<double>(channel[c]), static_cast<double>(to_float(p[r * C_ + c]))...);
-      });
   }
 
-  void add_tile(double* sums, std::int64_t size) const {
-    for (std::int64_t c = 0; c < size; ++c) {
-      const bool in_vector = c < size / kLanes * kLanes;
+  template <int columns, bool ahead, class F, class... P>
+  void add_columns(int64_t rows, int64_t c, int64_t& asked, F f, const A* channel, const P*... p) const {
+    const int64_t width = width_;
+    int64_t next = asked;
+    Wide sum[columns][terms][kParts];
+    each<columns>(sum, c, [](Wide& value, double* at) { std::memcpy(&value, at, sizeof(value)); });
+    Vec<A, kLanes> shared[columns];
+#pragma GCC unroll 4
+    for (int v = 0; v < columns; ++v) shared[v] = load<A>(channel + v * kLanes);
+    const auto step = [&](auto length, int64_t first) {
+#pragma GCC unroll 4
+      for (int v = 0; v < columns; ++v) {
+        if (ahead) (prefetch<length * kLanes>(p + next + v * length * kLanes), ...);
+        Vec<A, kLanes> some[terms] = {};
+        for (int u = 0; u < length; ++u) f(some, shared[v], load<A>(p + first + u * width + v * kLanes)...);
+#pragma GCC unroll 2
+        for (int t = 0; t < terms; ++t) add_in_double(sum[v][t], some[t]);
+      }
+      next += columns * length * kLanes;
+    };
+    int64_t row = 0, first = c;
+    for (; row + kShort <= rows; row += kShort, first += kShort * width)
+      step(std::integral_constant<int, kShort>{}, first);
+    for (; row < rows; ++row, first += width) step(std::integral_constant<int, 1>{}, first);
+    asked = next;
+    each<columns>(sum, c, [](Wide value, double* at) { std::memcpy(at, &value, sizeof(value)); });
+  }
+
+  template <int columns, class F>
+  void each(Wide (&sum)[columns][terms][kParts], int64_t c, F f) const {
+#pragma GCC unroll 4
+    for (int v = 0; v < columns; ++v)
+#pragma GCC unroll 2
       for (int t = 0; t < terms; ++t)
-        sums[t * C_ + c] +=
-            in_vector ? tile_[c / kLanes * kLanes * terms + t * kLanes + c % kLanes] : tile_[c * terms + t];
-    }
+#pragma GCC unroll 2
+        for (int part = 0; part < kParts; ++part)
+          f(sum[v][t][part], sums_ + t * width_ + c + v * kLanes + part * lanes<double>);
   }
 
-  std::int64_t C_;
-  // A vector of each term in turn, then, past the last whole vector, the terms of each channel.
-  double tile_[terms * kTile];
+  double* sums_;  // [terms, width]
+  int64_t width_;
 };
 
 }  // namespace

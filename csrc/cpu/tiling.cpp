@@ -1,14 +1,48 @@
 // How a problem is cut up; what each number is, kernels.h says.
+#include <fstream>
+#include <numeric>
+#include <string>
+
 #include "kernels.h"
 
 namespace bnext::cpu {
+namespace {
+
+// Bytes of this machine's cache of a level, or what is usual where Linux does not say. (sysconf adds up those of a
+// whole socket on some machines.)
+std::int64_t cache_bytes(int level, std::int64_t usual) {
+  for (int index = 0; index < 8; ++index) {
+    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+    int found = 0;
+    std::int64_t kilobytes = 0;
+    std::ifstream(folder + "level") >> found;
+    if (found == level && std::ifstream(folder + "size") >> kilobytes && kilobytes > 0) return 1024 * kilobytes;
+  }
+  return usual;
+}
+std::int64_t second_level_cache() {
+  static const std::int64_t bytes = cache_bytes(2, 1024 * 1024);
+  return bytes;
+}
+std::int64_t last_level_cache() {
+  static const std::int64_t bytes = cache_bytes(3, 32 * 1024 * 1024);
+  return bytes;
+}
+
+}  // namespace
 
 Tiling::Tiling(const Problem& p) {
-  constexpr std::int64_t kBlock = 2048, kRows = 512, kChunks = 64;
+  constexpr std::int64_t kBlock = 8192, kRows = 512, kChunks = 64;
   const bool planar = p.layout == Layout::planar;
   planes = planar ? p.N : p.N * p.S;
   plane = planar ? p.S : 1;
-  block_size = planar ? kBlock : kRows;
+  if (planar) {
+    block_size = kBlock;
+  } else {
+    // An eighth of all, so that threads have something to share, in multiples of what is summed at once.
+    const std::int64_t least = 4 * Row(p.C).repeats;
+    block_size = std::max<std::int64_t>(least, std::min(kRows, planes / 8) / least * least);
+  }
   planes_per_block = std::max<std::int64_t>(1, block_size / plane);
   blocks_per_plane = (plane + block_size - 1) / block_size;
   blocks = blocks_per_plane > 1 ? planes * blocks_per_plane : (planes + planes_per_block - 1) / planes_per_block;
@@ -31,11 +65,21 @@ std::int64_t Tiling::chunk_count(std::int64_t chunk) const {
   return values_before(chunk_begin(chunk + 1)) - values_before(chunk_begin(chunk));
 }
 
+Row::Row(std::int64_t C) : C(C), repeats(1) {
+  constexpr std::int64_t kVector = 16, kFew = 64, kMany = 256;  // columns
+  if (C >= kMany) return;
+  repeats = kVector / std::gcd(kVector, C);
+  while (width() < kFew) repeats *= 2;
+}
+
 std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int threads) {
-  constexpr std::int64_t kGroupBytes = 256 * 1024;  // fits most second-level caches
   const bool feeds_threads = p.C >= 4 * static_cast<std::int64_t>(threads);
   if (!reduces || !applies || p.layout != Layout::planar || !feeds_threads) return 0;
-  return std::max<std::int64_t>(1, kGroupBytes / (p.count() * itemsize(p.dtype)));
+  return std::max<std::int64_t>(1, second_level_cache() / 4 / (p.count() * itemsize(p.dtype)));
+}
+
+bool streams(const Problem& p) {
+  return 3 * p.C * p.count() * itemsize(p.dtype) > last_level_cache();
 }
 
 }  // namespace bnext::cpu

@@ -1,6 +1,10 @@
 // The compiler's own vector types (GCC and Clang). An instruction-set unit sets BNEXT_ISA, its namespace, and
-// BNEXT_SUM_LANES, the doubles in one of its registers, before including this; the code is the same for all.
+// BNEXT_VECTOR_BYTES, the size of its registers, before including this; the code is the same for all.
 #pragma once
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <cstring>
@@ -18,44 +22,14 @@ struct VecOf {
 template <class T, int count>
 using Vec = typename VecOf<T, count>::type;
 
-// In a vector of the elementwise passes: 16 bytes, with which they are bound by memory already.
-template <class T>
-inline constexpr int lanes = 16 / sizeof(T);
-
-// `count` consecutive elements at p, converted to C.
-template <class C, int count, class T>
-inline Vec<C, count> load(const T* p) {
-  if constexpr (sizeof(T) == sizeof(std::uint16_t)) {
-    using U = Vec<std::uint32_t, count>;
-    Vec<std::uint16_t, count> bits;
-    std::memcpy(&bits, p, sizeof(bits));
-    return __builtin_convertvector((T::template widen<U, Vec<float, count>>(__builtin_convertvector(bits, U))),
-                                   Vec<C, count>);
-  } else {
-    Vec<T, count> v;
-    std::memcpy(&v, p, sizeof(v));
-    return __builtin_convertvector(v, Vec<C, count>);
-  }
-}
-
-// Rounds the elements of v to T, to p and the addresses after it.
-template <class T, class V>
-inline void store(T* p, V v) {
-  if constexpr (sizeof(T) == sizeof(std::uint16_t)) {
-    constexpr int kCount = sizeof(V) / sizeof(float);
-    using U = Vec<std::uint32_t, kCount>;
-    const auto bits = __builtin_convertvector(T::template narrow<U>(v), Vec<std::uint16_t, kCount>);
-    std::memcpy(p, &bits, sizeof(bits));
-  } else {
-    static_assert(std::is_same_v<T, std::remove_cv_t<std::remove_reference_t<decltype(v[0])>>>);
-    std::memcpy(p, &v, sizeof(v));
-  }
-}
+// Of C in a register.
+template <class C>
+inline constexpr int lanes = BNEXT_VECTOR_BYTES / sizeof(C);
 
 // f(constant 0), f(constant 1), ...: a loop whose index is known to the compiler, so that arrays stay in
 // registers.
 template <class F, int... I>
-inline void unrolled(F f, std::integer_sequence<int, I...>) {
+inline void unrolled([[maybe_unused]] F f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
 }
 template <int count, class F>
@@ -63,11 +37,154 @@ inline void unrolled(F f) {
   unrolled(f, std::make_integer_sequence<int, count>{});
 }
 
-// Asks for the cache lines of `count` elements at p; an address that is not there is no error.
+// Conversions between vectors of one length. Where the length is that of a register, the machine's instruction is
+// named: compilers split what __builtin_convertvector says into halves, and put them together again.
+template <class To, class From>
+inline To convert(From v) {
+  return __builtin_convertvector(v, To);
+}
+#if BNEXT_VECTOR_BYTES >= 32
+template <>
+inline Vec<std::uint32_t, 8> convert(Vec<std::uint16_t, 8> v) {
+  return (Vec<std::uint32_t, 8>)_mm256_cvtepu16_epi32((__m128i)v);
+}
+template <>
+inline Vec<std::uint16_t, 8> convert(Vec<std::uint32_t, 8> v) {
+  const __m256i words = (__m256i)(v & 0xffffu);
+  return (Vec<std::uint16_t, 8>)_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+template <>
+inline Vec<double, 4> convert(Vec<float, 4> v) {
+  return _mm256_cvtps_pd(v);
+}
+#endif
+#if BNEXT_VECTOR_BYTES >= 64
+template <>
+inline Vec<std::uint32_t, 16> convert(Vec<std::uint16_t, 16> v) {
+  return (Vec<std::uint32_t, 16>)_mm512_cvtepu16_epi32((__m256i)v);
+}
+template <>
+inline Vec<std::uint16_t, 16> convert(Vec<std::uint32_t, 16> v) {
+  return (Vec<std::uint16_t, 16>)_mm512_cvtepi32_epi16((__m512i)v);
+}
+template <>
+inline Vec<double, 8> convert(Vec<float, 8> v) {
+  return _mm512_cvtps_pd(v);
+}
+#endif
+
+// The lower and the upper half of a register of floats.
+inline void halves(Vec<float, lanes<float>> v, Vec<float, lanes<double>>& lower, Vec<float, lanes<double>>& upper) {
+#if BNEXT_VECTOR_BYTES == 64
+  lower = _mm512_castps512_ps256(v), upper = _mm512_extractf32x8_ps(v, 1);
+#elif BNEXT_VECTOR_BYTES == 32
+  lower = _mm256_castps256_ps128(v), upper = _mm256_extractf128_ps(v, 1);
+#else
+  std::memcpy(&lower, &v, sizeof(lower));
+  std::memcpy(&upper, reinterpret_cast<const char*>(&v) + sizeof(lower), sizeof(upper));
+#endif
+}
+
+// Bits of half numbers to float32 and back.
+template <class T, int count>
+inline Vec<float, count> widen(Vec<std::uint16_t, count> bits) {
+  using U = Vec<std::uint32_t, count>;
+  return T::template widen<U, Vec<float, count>>(convert<U>(bits));
+}
+template <class T, int count>
+inline Vec<std::uint16_t, count> narrow(Vec<float, count> v) {
+  return convert<Vec<std::uint16_t, count>>(T::template narrow<Vec<std::uint32_t, count>>(v));
+}
+#if BNEXT_VECTOR_BYTES >= 32
+template <>
+inline Vec<float, 8> widen<Float16, 8>(Vec<std::uint16_t, 8> bits) {
+  return _mm256_cvtph_ps((__m128i)bits);
+}
+template <>
+inline Vec<std::uint16_t, 8> narrow<Float16, 8>(Vec<float, 8> v) {
+  return (Vec<std::uint16_t, 8>)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+}
+#endif
+#if BNEXT_VECTOR_BYTES >= 64
+template <>
+inline Vec<float, 16> widen<Float16, 16>(Vec<std::uint16_t, 16> bits) {
+  return _mm512_cvtph_ps((__m256i)bits);
+}
+template <>
+inline Vec<std::uint16_t, 16> narrow<Float16, 16>(Vec<float, 16> v) {
+  return (Vec<std::uint16_t, 16>)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+}
+#endif
+
+// A register of consecutive elements at p, converted to C.
+template <class C, class T>
+inline Vec<C, lanes<C>> load(const T* p) {
+  constexpr int kCount = lanes<C>;
+  constexpr bool kHalf = sizeof(T) == sizeof(std::uint16_t);
+  Vec<std::conditional_t<kHalf, std::uint16_t, T>, kCount> v;
+  std::memcpy(&v, p, sizeof(v));
+  if constexpr (kHalf) {
+    return convert<Vec<C, kCount>>(widen<T, kCount>(v));
+  } else {
+    return convert<Vec<C, kCount>>(v);
+  }
+}
+
+// Writes v past the caches; p is a multiple of its size. fence() before another thread may read.
+template <class V>
+inline void write_past_caches(void* p, V v) {
+#if BNEXT_VECTOR_BYTES >= 64
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if BNEXT_VECTOR_BYTES >= 32
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#endif
+#ifdef __SSE2__
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#endif
+  std::memcpy(p, &v, sizeof(v));
+}
+inline void fence() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// Rounds the elements of v to T, to p and the addresses after it.
+template <bool streaming, class T, class V>
+inline void store(T* p, V v) {
+  const auto write = [p](auto elements) {
+    if constexpr (streaming) {
+      write_past_caches(p, elements);
+    } else {
+      std::memcpy(p, &elements, sizeof(elements));
+    }
+  };
+  if constexpr (sizeof(T) == sizeof(std::uint16_t)) {
+    write(narrow<T, sizeof(V) / sizeof(float)>(v));
+  } else {
+    static_assert(std::is_same_v<T, std::remove_cv_t<std::remove_reference_t<decltype(v[0])>>>);
+    write(v);
+  }
+}
+
+// sum[0] += the lower half of v, sum[1] += the upper one; all of v where it is of doubles already.
+inline void add_in_double(Vec<double, lanes<double>>* sum, Vec<double, lanes<double>> v) {
+  sum[0] += v;
+}
+inline void add_in_double(Vec<double, lanes<double>>* sum, Vec<float, lanes<float>> v) {
+  Vec<float, lanes<double>> lower, upper;
+  halves(v, lower, upper);
+  sum[0] += convert<Vec<double, lanes<double>>>(lower);
+  sum[1] += convert<Vec<double, lanes<double>>>(upper);
+}
+
+// Asks for the cache lines of `count` elements at p, for the second-level cache; an address that is not there is no
+// error.
 template <int count, class T>
 inline void prefetch(const T* p) {
   constexpr int kLines = (count * sizeof(T) + 63) / 64;
-  unrolled<kLines>([&](auto i) { __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * i); });
+  unrolled<kLines>([&](auto i) { __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * i, 0, 2); });
 }
 
 }  // namespace bnext::cpu::BNEXT_ISA

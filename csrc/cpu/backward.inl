@@ -19,7 +19,7 @@ void planar_products(const BackwardParams& p, const Tiling& tiling, double* part
   const auto* mean = static_cast<const Compute<T>*>(p.mean);
   const T* grad_output = static_cast<const T*>(p.grad_output);
   const T* input = static_cast<const T*>(p.input);
-  RunSums<A, 2> sums[kGroup] = {};
+  RunSums<A, T, 2> sums[kGroup] = {};
   for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
     for_runs(p, tiling.block(b), begin, end, [&](int64_t at, int64_t size, int64_t c) {
       const auto f = [m = static_cast<A>(mean[c])](auto* s, auto dy, auto x) { math::add_products(s, dy, x, m); };
@@ -39,7 +39,7 @@ void row_products(const BackwardParams& p, const Tiling& tiling, double* partial
   repeat(mean.get(), row);
   const int64_t begin = tiling.block(tiling.chunk_begin(k)).plane_begin * p.C;
   const auto products = [](auto* s, auto mean, auto dy, auto x) { math::add_products(s, dy, x, mean); };
-  RowSums<A, 2>(sums.get(), row.width())
+  RowSums<A, T, 2>(sums.get(), row.width())
       .add(tiling.chunk_count(k) * p.C, products, mean.get(), static_cast<const T*>(p.grad_output) + begin,
            static_cast<const T*>(p.input) + begin);
   fold(sums.get(), 2, row);

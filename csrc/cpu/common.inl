@@ -139,9 +139,10 @@ template <int factor_count, class A, class F, class T, class... In>
 void map_planes(const A* factors, int64_t begin, int64_t end, int64_t S, F f, T* out, const In*... in) {
   constexpr int64_t kBuffer = 16384 / sizeof(T), kShortPlane = kBuffer / 4;
   alignas(kLine) T buffer[kBuffer];
+  const bool whole_lines = (reinterpret_cast<std::uintptr_t>(out) | S * sizeof(T)) % kLine == 0;
   for (int64_t c = begin; c < end;) {
     const int64_t at = (c - begin) * S;
-    if (S > kShortPlane) {
+    if (S > kShortPlane || whole_lines) {
       map_run<true, factor_count>(factors, c, S, f, out + at, in + at...);
       ++c;
       continue;

@@ -92,13 +92,13 @@ void planar_moments(const ForwardParams& p, const Tiling::Block& block, int64_t 
   const double count = static_cast<double>(block.count());
   const Tiling::Block head = sample(block);
   A shift[kGroup];
-  RunSums<A, 2> heads[kGroup] = {};
+  RunSums<A, T, 2> heads[kGroup] = {};
   for_runs(p, head, begin, end, [&](int64_t at, int64_t size, int64_t c) {
     heads[c - begin].add(size, 0, [](auto* s, auto v) { math::add_shifted(s, v, A(0)); }, x + at);
   });
   for (int64_t i = 0; i < end - begin; ++i)
     shift[i] = static_cast<A>(shift_of(heads[i].total(0), heads[i].total(1), static_cast<double>(head.count())));
-  RunSums<A, 2> sums[kGroup] = {};
+  RunSums<A, T, 2> sums[kGroup] = {};
   for_runs(p, block, begin, end, [&](int64_t at, int64_t size, int64_t c) {
     const auto f = [shift = shift[c - begin]](auto* s, auto v) { math::add_shifted(s, v, shift); };
     sums[c - begin].add(size, p.C * p.S, f, x + at);
@@ -145,12 +145,12 @@ std::unique_ptr<double[]> row_moments(const ForwardParams& p, const Tiling::Bloc
   double *sums = memory.get(), *squares = sums + row.width();
   const std::unique_ptr<A[]> shift(new A[row.width()]());
   const auto add_shifted = [](auto* s, auto shift, auto v) { math::add_shifted(s, v, shift); };
-  RowSums<A, 2>(sums, row.width()).add(sample(block).count() * C, add_shifted, shift.get(), x);
+  RowSums<A, T, 2>(sums, row.width()).add(sample(block).count() * C, add_shifted, shift.get(), x);
   fold(sums, 2, row);
   for (int64_t c = 0; c < C; ++c) shift[c] = static_cast<A>(shift_of(sums[c], squares[c], head_count));
   repeat(shift.get(), row);
   std::fill_n(sums, 2 * row.width(), 0.0);
-  RowSums<A, 2>(sums, row.width()).add(block.count() * C, add_shifted, shift.get(), x);
+  RowSums<A, T, 2>(sums, row.width()).add(block.count() * C, add_shifted, shift.get(), x);
   fold(sums, 2, row);
   std::unique_ptr<double[]> moments(new double[4 * C]);
   for (int64_t c = 0; c < C; ++c) moments[c] = static_cast<double>(shift[c]);

@@ -14,6 +14,13 @@ struct Unit {
   const Kernels& (*kernels)(DType);
 };
 
+#ifdef __x86_64__
+const Kernels& avx512_kernels(DType dtype) {
+  static const bool converts = __builtin_cpu_supports("avx512bf16");
+  return (converts && dtype == DType::bfloat16 ? avx512bf16::kernels : avx512::kernels)(dtype);
+}
+#endif
+
 const Unit& choose() {
   // The best first.
   static const Unit units[] = {
@@ -21,8 +28,8 @@ const Unit& choose() {
       {"avx512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl"),
-       avx512::kernels},
-      {"avx2", __builtin_cpu_supports("avx2") != 0, avx2::kernels},
+       avx512_kernels},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"), avx2::kernels},
 #endif
       {"scalar", true, scalar::kernels},
   };

@@ -83,6 +83,9 @@ const Kernels& kernels(DType dtype);
 namespace avx512 {
 const Kernels& kernels(DType dtype);
 }
+namespace avx512bf16 {
+const Kernels& kernels(DType dtype);  // bfloat16 alone
+}
 
 // The unit that runs, "scalar", "avx2" or "avx512": the best that the machine has, or the one that BNEXT_CPU_ISA names.
 // Chosen at the first call. Throws std::invalid_argument for a name that is none, or that this machine cannot run.

@@ -1,5 +1,6 @@
 // The CPU loops, compiled once for each instruction set: the unit that includes this defines BNEXT_ISA (the namespace)
-// and BNEXT_VECTOR_BYTES. Every sum has one order, given by the shape alone.
+// and BNEXT_VECTOR_BYTES, and BNEXT_BF16 if it is for
+// bfloat16 alone, with its instructions. Every sum has one order, given by the shape alone.
 #include "backward.inl"
 #include "forward.inl"
 
@@ -14,8 +15,12 @@ constexpr Kernels table = {
 
 }  // namespace
 
-const Kernels& kernels(DType dtype) {
+const Kernels& kernels([[maybe_unused]] DType dtype) {
+#ifdef BNEXT_BF16
+  return table<BFloat16>;
+#else
   return *with_type(dtype, [](auto t) { return &table<decltype(t)>; });
+#endif
 }
 
 }  // namespace bnext::cpu::BNEXT_ISA

@@ -1,4 +1,4 @@
-// Sums over a channel, for kernels.inl: short sums of four in A, then in double, in an order that does not depend on
+// Sums over a channel, for kernels.inl: short sums in A, then in double, in an order that does not depend on
 // the instruction set. A is float for float32 and narrower types, or double.
 #pragma once
 
@@ -9,7 +9,9 @@ namespace {
 
 using std::int64_t;
 
-constexpr int kShort = 4;  // values summed in A
+// Values of T summed in A: of half types more, since they are far from float32's last digits.
+template <class T>
+constexpr int kShort = sizeof(T) == sizeof(std::uint16_t) ? 8 : 4;
 
 // `count` ones in the last elements of a vector of A's integers.
 template <class A>
@@ -24,9 +26,9 @@ auto last_lanes(int64_t count, int64_t first) {
 
 // Sums over runs of consecutive elements: term t is what f adds to sum[t] for each element. Elements go into 16 slots:
 // element i into slot i % 16, except that the last count % 16 of a run go into the last slots.
-template <class A, int terms>
+template <class A, class T, int terms>
 class RunSums {
-  static constexpr int kSlots = 16, kPieces = kSlots / lanes<A>, kParts = lanes<A> / lanes<double>;
+  static constexpr int kMost = kShort<T>, kSlots = 16, kPieces = kSlots / lanes<A>, kParts = lanes<A> / lanes<double>;
   using Wide = Vec<double, lanes<double>>;
 
  public:
@@ -63,7 +65,8 @@ class RunSums {
       }
     };
     int64_t i = 0;
-    for (; i + kShort * kSlots <= count; i += kShort * kSlots) step(std::integral_constant<int, kShort>{}, i, 0);
+    for (; i + kMost * kSlots <= count; i += kMost * kSlots) step(std::integral_constant<int, kMost>{}, i, 0);
+    for (; i + 4 * kSlots <= count; i += 4 * kSlots) step(std::integral_constant<int, 4>{}, i, 0);
     if (i < count) {
       const int64_t last = count % kSlots;
       switch ((count - i) / kSlots) {
@@ -108,9 +111,9 @@ class RunSums {
 // sums[t * width + c]; the last row may be short. f also gets channel[c], a value that all rows share. Rows are taken
 // in tiles that the nearest caches hold, since columns of a tile are summed one after the other; the next tile is asked
 // for in order of memory meanwhile.
-template <class A, int terms>
+template <class A, class T, int terms>
 class RowSums {
-  static constexpr int kLanes = lanes<A>, kParts = lanes<A> / lanes<double>;
+  static constexpr int kMost = kShort<T>, kLanes = lanes<A>, kParts = lanes<A> / lanes<double>;
   static constexpr int kColumns = BNEXT_VECTOR_BYTES == 64 ? 4 : 2;  // vectors whose sums are in registers
   static constexpr int64_t kTileBytes = 32 * 1024;
   using Wide = Vec<double, lanes<double>>;
@@ -121,7 +124,7 @@ class RowSums {
   template <class F, class... P>
   void add(int64_t elements, F f, const A* channel, const P*... p) const {
     const int64_t rows = elements / width_, row_bytes = width_ * static_cast<int64_t>((sizeof(P) + ...));
-    const int64_t tile = std::max<int64_t>(2, kTileBytes / row_bytes / kShort) * kShort;
+    const int64_t tile = std::max<int64_t>(8 / kMost, kTileBytes / row_bytes / kMost) * kMost;
     int64_t row = 0;
     for (; row < rows; row += tile)
       add_tile(std::min(tile, rows - row), width_, row + tile < rows, f, channel, p + row * width_...);
@@ -140,7 +143,7 @@ class RowSums {
     for (; c + kLanes <= size; c += kLanes) add_columns<1, false>(rows, c, asked, f, channel + c, p...);
     for (; c < size; ++c) {
       for (int64_t row = 0, length; row < rows; row += length) {
-        length = row + kShort <= rows ? kShort : 1;
+        length = row + kMost <= rows ? kMost : 1;
         A some[terms] = {};
         for (int64_t r = row; r < row + length; ++r)
           f(some, channel[c], static_cast<A>(to_float(p[r * width_ + c]))...);
@@ -170,8 +173,7 @@ class RowSums {
       next += columns * length * kLanes;
     };
     int64_t row = 0, first = c;
-    for (; row + kShort <= rows; row += kShort, first += kShort * width)
-      step(std::integral_constant<int, kShort>{}, first);
+    for (; row + kMost <= rows; row += kMost, first += kMost * width) step(std::integral_constant<int, kMost>{}, first);
     for (; row < rows; ++row, first += width) step(std::integral_constant<int, 1>{}, first);
     asked = next;
     each<columns>(sum, c, [](Wide value, double* at) { std::memcpy(at, &value, sizeof(value)); });

@@ -81,6 +81,7 @@ flags += [
 ]  # of torch's headers; of vectors wider than the base registers
 if sys.platform == "linux":
     flags.append("-fopenmp")  # at::parallel_for is serial without; torch brings the runtime, so nothing to link
+flags += os.environ.get("BNEXT_CXXFLAGS", "").split()  # last, so that they win: tests/sanitize
 
 sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
 archs = ""

@@ -113,8 +113,18 @@ def test_address_and_undefined(unit, extension):
 @pytest.mark.parametrize("unit", UNITS)
 def test_threads(unit, asked_for):
     done = threads(build.threads(), unit)
+    assert done.returncode == 0, done.stdout[-8000:]
     assert done.stdout == f"{unit}\n"
-    assert done.returncode == 0
+
+
+@linux
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_no_store_is_hidden(extension):
+    """Sanitizers see no streaming store: where __SANITIZE_ADDRESS__ or __SANITIZE_THREAD__ is defined, none is made."""
+    units = [*(extension / "temp").rglob("cpu/*.o")]
+    assert len(units) >= len(UNITS)
+    for unit in units:
+        assert "movnt" not in build.run(["objdump", "-d", "--no-show-raw-insn", unit], build.ROOT).stdout, unit.name
 
 
 @linux

@@ -134,7 +134,7 @@ def _locked() -> Iterator[None]:
         yield
 
 
-def _torch_flags() -> tuple[list[str | Path], list[str | Path]]:
+def torch_flags() -> tuple[list[str | Path], list[str | Path]]:
     """Of the compiler and of the linker."""
     import torch  # only here: kernels alone need none
 
@@ -173,7 +173,7 @@ def build(
     host: list[str | Path] = [*WARNINGS]
     libraries: list[str | Path] = ["-ldl"]
     if torch:
-        host, libraries = _torch_flags()
+        host, libraries = torch_flags()
     with _locked():
         runtime = Ninja(BUILD / "runtime")
         plain = [*COMMON, *WARNINGS, f"-I{HERE}", f"-isystem{headers}"]

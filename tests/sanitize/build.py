@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cuda_on_cpu.build import BuildError, Ninja
+from cuda_on_cpu.build import BuildError, Ninja, torch_flags
 from torch.utils.cpp_extension import get_cxx_compiler
 
 HERE = Path(__file__).resolve().parent
@@ -23,7 +23,8 @@ COMMON = ["-O1", "-g1", "-fno-omit-frame-pointer"]
 # Python's own flags have -fwrapv, with which no sum of integers overflows.
 ADDRESS = [*COMMON, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-wrapv"]
 THREAD = [*COMMON, "-fsanitize=thread", "-pthread"]
-KERNEL = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+KERNEL = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS]
 
 
 def run(
@@ -71,7 +72,7 @@ def extension_with(csrc: Path, folder: Path) -> Path:
     objects = [o for o in (BUILD / "address/temp").rglob("*.o") if o.name != unit.name]
     (library,) = (BUILD / "address/bnext").glob("_C.*")
     _package(folder)
-    _built([get_cxx_compiler(), "-shared", unit, *objects, "-o", folder / "bnext" / library.name])
+    _built([get_cxx_compiler(), "-shared", unit, *objects, *torch_flags()[1], "-o", folder / "bnext" / library.name])
     return folder
 
 

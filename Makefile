@@ -6,7 +6,7 @@ ENVIRONMENT := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 endif
 
-.PHONY: build test test-all bench gpu-check lint clean
+.PHONY: build test test-all sanitize bench gpu-check lint clean
 build: $(ENVIRONMENT)
 	@$(PYTHON) setup.py -q build_ext --inplace
 
@@ -21,6 +21,10 @@ test: build
 # Every cell of the grid, every mutation of the sources.
 test-all: build
 	$(PYTHON) -m pytest -q --all
+
+# The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+sanitize: build
+	$(PYTHON) -m pytest -q --sanitize tests/test_sanitize.py
 
 bench: build
 	$(PYTHON) -m bench

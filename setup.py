@@ -2,7 +2,7 @@
 
 CUDA kernels are built where torch was built for CUDA and nvcc is there; BNEXT_FORCE_CUDA=1 builds them wherever nvcc
 is, BNEXT_FORCE_CPU=1 leaves them out. TORCH_CUDA_ARCH_LIST names the architectures; without it, those of the GPUs at
-hand, or, where there is none, ARCHS.
+hand, or, where there is none, ARCHS. BNEXT_CXXFLAGS adds flags for the C++ compiler, such as those of a sanitizer.
 """
 
 import os
@@ -81,6 +81,7 @@ flags += [
 ]  # of torch's headers; of vectors wider than the base registers
 if sys.platform == "linux":
     flags.append("-fopenmp")  # at::parallel_for is serial without; torch brings the runtime, so nothing to link
+flags += os.environ.get("BNEXT_CXXFLAGS", "").split()  # last: they win
 
 sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
 archs = ""

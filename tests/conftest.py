@@ -14,6 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--functional", metavar="MODULE:FUNCTION", help="test this F.batch_norm instead")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="of every tensor (default: %(default)s)")
     group.addoption("--all", action="store_true", help="every cell of the grid and every mutation, not a cut of them")
+    group.addoption("--sanitize", action="store_true", help="run test_sanitize.py, which takes minutes")
     group.addoption(
         "--cuda-on-cpu",
         metavar="fast|checked|PATH",

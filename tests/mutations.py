@@ -241,11 +241,11 @@ csrc/cpu/dispatch.cpp test_threads::test_same_bits
 + plane + p.S / pieces * (i + 1)}
 
 counter-kept: num_batches_tracked is not moved
-csrc/cpu/dispatch.cpp test_running_stats::test_momentum_over_steps
+csrc/cpu/ops.cpp test_running_stats::test_momentum_over_steps
 - ++*p.num_batches_tracked;
 
 counter-moved-twice: num_batches_tracked counts each batch twice
-csrc/cpu/dispatch.cpp test_running_stats::test_momentum_over_steps
+csrc/cpu/ops.cpp test_running_stats::test_momentum_over_steps
 - ++*p.num_batches_tracked;
 + *p.num_batches_tracked += 2;
 

@@ -1,14 +1,15 @@
-// CPU backend: threads, scratch, and the registration of the ops for CPU tensors.
+// Threads and scratch of the CPU kernels. Of torch only at::parallel_for and at::get_num_threads, so that
+// tests/sanitize can have threads of its own in their place.
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <vector>
 
-#include "../host.h"
 #include "kernels.h"
 
 namespace bnext::cpu {
 namespace {
+
+using std::int64_t;
 
 // Elements below which another thread costs more than it brings; torch's own grain.
 constexpr int64_t kGrain = 32768;
@@ -80,24 +81,14 @@ void run(const Params& p, bool reduces, bool applies, const Steps<Params>& steps
   if (applies) apply_all(p, scratch, steps);
 }
 
-struct Backend {
-  static void forward(const ForwardParams& p, const at::Tensor&) {
-    if (p.training && p.num_batches_tracked) {
-      ++*p.num_batches_tracked;
-      TORCH_CHECK_VALUE(!p.cumulative || *p.num_batches_tracked != 0,
-                        "expected num_batches_tracked not to be 0 after this batch: momentum=None divides by it");
-    }
-    run(p, p.training, true, kernels(p.dtype).forward);
-  }
-  static void backward(const BackwardParams& p, const at::Tensor&) {
-    run(p, p.reduces(), p.grad_input != nullptr, kernels(p.dtype).backward);
-  }
-};
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bnext, CPU, m) {
-  host::register_backend<Backend>(m);
+void forward(const ForwardParams& p) {
+  run(p, p.training, true, kernels(p.dtype).forward);
+}
+
+void backward(const BackwardParams& p) {
+  run(p, p.reduces(), p.grad_input != nullptr, kernels(p.dtype).backward);
 }
 
 }  // namespace bnext::cpu

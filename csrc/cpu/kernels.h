@@ -1,4 +1,5 @@
-// Between dispatch.cpp, which owns the threads, and the instruction-set units, which own the loops.
+// Between ops.cpp, which has the tensors, dispatch.cpp, which owns the threads, and the instruction-set units, which
+// own the loops.
 #pragma once
 
 #include <algorithm>
@@ -91,5 +92,9 @@ const Kernels& kernels(DType dtype);  // bfloat16 alone
 // Chosen at the first call. Throws std::invalid_argument for a name that is none, or that this machine cannot run.
 const char* isa();
 const Kernels& kernels(DType dtype);
+
+// A whole batch norm, and its backward, by that unit on torch's threads. The counter has moved already.
+void forward(const ForwardParams& p);
+void backward(const BackwardParams& p);
 
 }  // namespace bnext::cpu

@@ -82,7 +82,7 @@ def _path(path: Path) -> str:
     return re.sub(r"([$: ])", r"$\1", str(path))
 
 
-class _Ninja:
+class Ninja:
     """The text of a build.ninja, and its run."""
 
     def __init__(self, folder: Path) -> None:
@@ -134,7 +134,7 @@ def _locked() -> Iterator[None]:
         yield
 
 
-def _torch_flags() -> tuple[list[str | Path], list[str | Path]]:
+def torch_flags() -> tuple[list[str | Path], list[str | Path]]:
     """Of the compiler and of the linker."""
     import torch  # only here: kernels alone need none
 
@@ -173,15 +173,15 @@ def build(
     host: list[str | Path] = [*WARNINGS]
     libraries: list[str | Path] = ["-ldl"]
     if torch:
-        host, libraries = _torch_flags()
+        host, libraries = torch_flags()
     with _locked():
-        runtime = _Ninja(BUILD / "runtime")
+        runtime = Ninja(BUILD / "runtime")
         plain = [*COMMON, *WARNINGS, f"-I{HERE}", f"-isystem{headers}"]
         # Linked first: of inline functions that kernel sources have too, the runtime must not get instrumented ones.
         objects = [runtime.compile(source, plain) for source in RUNTIME]
         runtime.run()
         folder = BUILD / f"{name}-{mode}"
-        ninja = _Ninja(folder)
+        ninja = Ninja(folder)
         for source in sources:
             kernel = [*KERNEL, *(CHECKED if mode == "checked" else [])]
             objects.append(ninja.compile(source, [*common, *(kernel if source.suffix == ".cu" else host)]))

@@ -1,16 +1,11 @@
 """What bnext chooses for a case, and how often it then moves the tensor [N, C, ...] through memory: no measurement."""
 
 import math
-from pathlib import Path
 
 import torch
 
 from bench.cases import PASSES, Case
 from bnext import _C
-
-_L2 = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
-_KIB = 1024
-_DEFAULT_L2 = 1024 * _KIB
 
 
 def predicted(case: Case) -> tuple[str, float]:
@@ -26,25 +21,22 @@ def _of_mode(case: Case, mode: str) -> tuple[str, float]:
 
 
 def _on_cpu(case: Case, mode: str) -> tuple[str, float]:
-    """Passes count what the kernels read again as free where a core's second-level cache holds it."""
+    """Passes count what the kernels read again as free where half the last-level cache holds it."""
     if mode == "eval":
         return "one step", PASSES[mode]
     n, c, *spatial = case.shape
-    group = _C.cpu_group(
-        n, c, math.prod(spatial), channels_last=case.layout == "nhwc", dtype=case.dtype, threads=case.threads
-    )
+    plan = _C.cpu_plan(
+        n, c, math.prod(spatial),
+        channels_last=case.layout == "nhwc",
+        dtype=case.dtype,
+        backward=mode == "bwd",
+        threads=case.threads,
+    )  # fmt: skip
     inputs = 2 if mode == "bwd" else 1
-    held = inputs * case.tensor_bytes * (min(group, c) / c if group else 1)
-    passes = PASSES[mode] + (0 if held <= _second_level_cache() else inputs)
-    return (f"by {min(group, c)} channels" if group else "two steps"), passes
-
-
-def _second_level_cache() -> int:
-    """Bytes of a core's; 1 MiB where Linux does not say."""
-    try:
-        return int(_L2.read_text().strip().removesuffix("K")) * _KIB
-    except (OSError, ValueError):
-        return _DEFAULT_L2
+    group = min(plan["group"], c)
+    held = inputs * case.tensor_bytes * (group / c if group else 1)
+    passes = PASSES[mode] + (0 if held <= plan["cache"] / 2 else inputs)
+    return (f"by {group} channels" if group else "two steps") + ", streaming" * plan["streaming"], passes
 
 
 def _on_cuda(case: Case, mode: str) -> tuple[str, float]:

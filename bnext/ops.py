@@ -19,7 +19,7 @@ except ImportError as error:
 __all__ = ["batch_norm_backward", "batch_norm_eval", "batch_norm_train", "built_for_torch", "cpu_isa"]
 
 built_for_torch: str = _C.torch_version
-cpu_isa: str = _C.cpu_isa()  # what the CPU kernels use, "scalar", "avx2" or "avx512"; BNEXT_CPU_ISA forces one
+cpu_isa: str = _C.cpu_isa()  # what the CPU kernels use, one of "scalar", "avx2", "avx512" and "avx512bf16"; BNEXT_CPU_ISA forces one
 
 batch_norm_train = torch.ops.bnext.batch_norm_train.default
 batch_norm_eval = torch.ops.bnext.batch_norm_eval.default

@@ -55,13 +55,18 @@ py::dict plan(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_last
   return result;
 }
 
-std::int64_t cpu_group(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_last, const std::string& dtype,
-                       int threads) {
+py::dict cpu_plan(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_last, const std::string& dtype,
+                  bool backward, int threads) {
   if (N < 1 || C < 1 || S < 1) throw std::invalid_argument("expected N, C and S to be positive");
   const bool planar = (!channels_last && S != 1) || C == 1;
   const bnext::Layout layout = planar ? bnext::Layout::planar : bnext::Layout::channels_last;
   const bnext::DType type = dtype_named(dtype);
-  return bnext::cpu::group_channels({N, C, S, layout, type, type}, true, true, threads);
+  const bnext::Problem problem{N, C, S, layout, type, type};
+  py::dict result;
+  result["group"] = bnext::cpu::group_channels(problem, true, true, backward ? 2 : 1, threads);
+  result["streaming"] = bnext::cpu::streams(problem);
+  result["cache"] = bnext::cpu::last_level_cache();
+  return result;
 }
 
 }  // namespace
@@ -71,11 +76,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = BNEXT_STRING(BNEXT_TORCH_VERSION);  // the torch it was built against
   m.attr("cuda_archs") = BNEXT_CUDA_ARCHS;  // TORCH_CUDA_ARCH_LIST of the CUDA kernels; "": built without them
   m.def("cpu_isa", &bnext::cpu::isa,
-        "Instruction set of the CPU kernels: scalar, avx2 or avx512; BNEXT_CPU_ISA forces one.");
+        "Instruction set of the CPU kernels: scalar, avx2, avx512 or avx512bf16; BNEXT_CPU_ISA forces one.");
   using py::arg;
-  m.def("cpu_group", &cpu_group, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"),
-        arg("threads"),
-        "Channels that the CPU kernels take together in training, from a cache that holds them; 0: the whole tensor.");
+  m.def("cpu_plan", &cpu_plan, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"),
+        arg("backward"), arg("threads"),
+        "How the CPU kernels take a training step, as a dict. group: channels taken together, from a cache that holds "
+        "them, 0: the whole tensor. streaming: whether results are written past the caches. cache: bytes of the last.");
   m.def("plan", &plan, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"), arg("backward"),
         arg("training"), arg("reduces"), arg("applies"), arg("cumulative"), arg("aligned"), arg("gpu"),
         "What csrc/cuda/plan.h chooses for a problem [N, C, S] on a GPU with these properties, as a dict.");

@@ -17,7 +17,8 @@ pytestmark = [
 ]
 
 OBJECTS = [*(Path(__file__).parent.parent / "build").glob("temp.*/csrc/cpu/*.o")]
-UNITS = {"scalar": ["scalar"], "avx2": ["scalar", "avx2"]}.get(bnext.ops.cpu_isa, ["scalar", "avx2", "avx512"])
+ALL_UNITS = ["scalar", "avx2", "avx512", "avx512bf16"]
+UNITS = ALL_UNITS[: ALL_UNITS.index(bnext.ops.cpu_isa) + 1]
 
 EVERYTHING = textwrap.dedent("""
     import hashlib, sys, torch, bnext
@@ -60,7 +61,7 @@ def test_every_unit_gives_the_same_bits():
 @pytest.mark.parametrize("name", ["avx1024", "AVX2"])
 def test_an_unknown_name_is_refused(name):
     error = python("import bnext", name, check=False).stderr
-    assert f"BNEXT_CPU_ISA: expected scalar, avx2 or avx512, got {name}" in error
+    assert f"BNEXT_CPU_ISA: expected scalar, avx2, avx512 or avx512bf16, got {name}" in error
 
 
 @pytest.mark.skipif(
@@ -68,8 +69,8 @@ def test_an_unknown_name_is_refused(name):
 )
 def test_no_wide_code_can_be_merged_into_another_unit():
     """A function that the linker may share would run its AVX version on machines without AVX."""
-    units = [o for o in OBJECTS if o.stem in ("avx2", "avx512")]
-    assert len(units) == 2
+    units = [o for o in OBJECTS if o.stem in ALL_UNITS[1:]]
+    assert len(units) == 3
     for unit in units:
         names = subprocess.run(["nm", "--defined-only", "-C", unit], capture_output=True, text=True, check=True).stdout
         shared = [line for line in names.splitlines() if line.split()[1] in "WVu" and "DW.ref" not in line]

@@ -4,59 +4,169 @@
 // enough; E in evaluation) and writes E.
 #pragma once
 
+#include <cmath>
+#include <limits>
+
 #include "common.inl"
 #include "reduce.inl"
+#ifdef BNEXT_BF16
+#include "pairs.inl"
+#endif
 
 namespace bnext::cpu::BNEXT_ISA {
 namespace {
 
 constexpr int kBackwardFactors = 4;  // mean, scale, grad_mean, projection
 
-// partials[k, 0, c] and partials[k, 1, c] = the two sums over chunk k, with products in A.
+// A way of summing has, of chunk k,
+//   planar(p, tiling, k, begin, end, sums): sums[0, i] and sums[1, i], the two sums of channel begin + i;
+//   rows(p, tiling, k, sums): the same of all channels, sums being [2, Row(C).width()];
+//   trusted(p, c, sum, count): whether the second sum of channel c can be used.
+
+// Products in A.
 template <class A, class T>
-void planar_products(const BackwardParams& p, const Tiling& tiling, double* partials, int64_t begin, int64_t end,
-                     int64_t k) {
-  const auto* mean = static_cast<const Compute<T>*>(p.mean);
-  const T* grad_output = static_cast<const T*>(p.grad_output);
-  const T* input = static_cast<const T*>(p.input);
-  RunSums<A, T, 2> sums[kGroup] = {};
-  for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
-    for_runs(p, tiling.block(b), begin, end, [&](int64_t at, int64_t size, int64_t c) {
-      const auto f = [m = static_cast<A>(mean[c])](auto* s, auto dy, auto x) { math::add_products(s, dy, x, m); };
-      sums[c - begin].add(size, p.C * p.S, f, grad_output + at, input + at);
-    });
+struct Products {
+  static void planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t begin, int64_t end,
+                     double (*sums)[kGroup]) {
+    const auto* mean = static_cast<const Compute<T>*>(p.mean);
+    const T *grad_output = static_cast<const T*>(p.grad_output), *input = static_cast<const T*>(p.input);
+    RunSums<A, T, 2> runs[kGroup] = {};
+    for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
+      for_runs(p, tiling.block(b), begin, end, [&](int64_t at, int64_t size, int64_t c) {
+        const auto f = [m = static_cast<A>(mean[c])](auto* s, auto dy, auto x) { math::add_products(s, dy, x, m); };
+        runs[c - begin].add(size, p.C * p.S, f, grad_output + at, input + at);
+      });
+    }
+    for (int t = 0; t < 2; ++t)
+      for (int64_t i = 0; i < end - begin; ++i) sums[t][i] = runs[i].total(t);
   }
-  for (int64_t c = begin; c < end; ++c)
-    for (int t = 0; t < 2; ++t) partials[t * p.C + c] = sums[c - begin].total(t);
-}
 
-template <class A, class T>
-void row_products(const BackwardParams& p, const Tiling& tiling, double* partials, int64_t k) {
-  const Row row(p.C);
-  const std::unique_ptr<double[]> sums(new double[2 * row.width()]());
-  const std::unique_ptr<A[]> mean(new A[row.width()]);
-  for (int64_t c = 0; c < p.C; ++c) mean[c] = static_cast<A>(static_cast<const Compute<T>*>(p.mean)[c]);
-  repeat(mean.get(), row);
-  const int64_t begin = tiling.block(tiling.chunk_begin(k)).plane_begin * p.C;
-  const auto products = [](auto* s, auto mean, auto dy, auto x) { math::add_products(s, dy, x, mean); };
-  RowSums<A, T, 2>(sums.get(), row.width())
-      .add(tiling.chunk_count(k) * p.C, products, mean.get(), static_cast<const T*>(p.grad_output) + begin,
-           static_cast<const T*>(p.input) + begin);
-  fold(sums.get(), 2, row);
-  for (int t = 0; t < 2; ++t) std::copy_n(sums.get() + t * row.width(), p.C, partials + t * p.C);
-}
+  static void rows(const BackwardParams& p, const Tiling& tiling, int64_t k, double* sums) {
+    const Row row(p.C);
+    const std::unique_ptr<A[]> mean(new A[row.width()]);
+    for (int64_t c = 0; c < p.C; ++c) mean[c] = static_cast<A>(static_cast<const Compute<T>*>(p.mean)[c]);
+    repeat(mean.get(), row);
+    std::fill_n(sums, 2 * row.width(), 0.0);
+    const int64_t begin = tiling.block(tiling.chunk_begin(k)).plane_begin * p.C;
+    const auto products = [](auto* s, auto mean, auto dy, auto x) { math::add_products(s, dy, x, mean); };
+    RowSums<A, T, 2>(sums, row.width())
+        .add(tiling.chunk_count(k) * p.C, products, mean.get(), static_cast<const T*>(p.grad_output) + begin,
+             static_cast<const T*>(p.input) + begin);
+    fold(sums, 2, row);
+  }
 
+  // In float32: no product too large, and not all of them too small.
+  static bool trusted(const BackwardParams&, int64_t, double sum, double count) {
+    const double size = std::abs(sum);
+    return std::is_same_v<A, double> ||
+           (size <= std::numeric_limits<double>::max() && (size >= kTiny * count || size == 0));
+  }
+};
+
+#ifdef BNEXT_BF16
+// Products of bfloat16 numbers themselves; then sum(dy * (x - mean)) = sum(dy * x) - mean * sum(dy), of which little
+// cancels while the mean is a few deviations at most.
+struct PairedProducts {
+  static void planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t begin, int64_t end,
+                     double (*sums)[kGroup]) {
+    const auto *grad_output = static_cast<const BFloat16*>(p.grad_output),
+               *input = static_cast<const BFloat16*>(p.input);
+    PairRunSums runs[kGroup];
+    for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b)
+      for_runs(p, tiling.block(b), begin, end, [&](int64_t at, int64_t size, int64_t c) {
+        runs[c - begin].add(size, p.C * p.S, grad_output + at, input + at);
+      });
+    for (int64_t i = 0; i < end - begin; ++i) {
+      sums[0][i] = runs[i].total(0);
+      sums[1][i] = runs[i].total(1) - static_cast<const float*>(p.mean)[begin + i] * sums[0][i];
+    }
+  }
+
+  static void rows(const BackwardParams& p, const Tiling& tiling, int64_t k, double* sums) {
+    const Row row(p.C);
+    const int64_t begin = tiling.block(tiling.chunk_begin(k)).plane_begin * p.C;
+    PairRowSums pairs(row.width());
+    pairs.add(tiling.chunk_count(k) * p.C, static_cast<const BFloat16*>(p.grad_output) + begin,
+              static_cast<const BFloat16*>(p.input) + begin);
+    pairs.write(sums);
+    fold(sums, 2, row);
+    for (int64_t c = 0; c < p.C; ++c) sums[row.width() + c] -= static_cast<const float*>(p.mean)[c] * sums[c];
+  }
+
+  static bool trusted(const BackwardParams& p, int64_t c, double sum, double count) {
+    const float normalized = static_cast<const float*>(p.mean)[c] * static_cast<const float*>(p.invstd)[c];
+    return std::abs(normalized) <= 4 && Products<float, BFloat16>::trusted(p, c, sum, count);
+  }
+};
+#endif
+
+// Ways of summing, each for the channels for which the one before it is not to be trusted.
+template <class Way, class... Others>
+struct Sums {
+  static void planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t begin, int64_t end,
+                     double (*sums)[kGroup]) {
+    Way::planar(p, tiling, k, begin, end, sums);
+    if constexpr (sizeof...(Others) > 0) {
+      for (int64_t c = begin; c < end; ++c) {
+        if (Way::trusted(p, c, sums[1][c - begin], static_cast<double>(tiling.chunk_count(k)))) continue;
+        double others[2][kGroup];
+        Sums<Others...>::planar(p, tiling, k, c, c + 1, others);
+        for (int t = 0; t < 2; ++t) sums[t][c - begin] = others[t][0];
+      }
+    }
+  }
+
+  static void rows(const BackwardParams& p, const Tiling& tiling, int64_t k, double* sums) {
+    Way::rows(p, tiling, k, sums);
+    if constexpr (sizeof...(Others) > 0) {
+      const int64_t width = Row(p.C).width();
+      std::unique_ptr<double[]> others;
+      for (int64_t c = 0; c < p.C; ++c) {
+        if (Way::trusted(p, c, sums[width + c], static_cast<double>(tiling.chunk_count(k)))) continue;
+        if (!others) {
+          others.reset(new double[2 * width]);
+          Sums<Others...>::rows(p, tiling, k, others.get());
+        }
+        for (int t = 0; t < 2; ++t) sums[t * width + c] = others[t * width + c];
+      }
+    }
+  }
+};
+
+template <class T>
+struct SumsOf {
+  using type = Sums<Products<float, T>, Products<double, T>>;
+};
+template <>
+struct SumsOf<double> {
+  using type = Sums<Products<double, double>>;
+};
+#ifdef BNEXT_BF16
+template <>
+struct SumsOf<BFloat16> {
+  using type = Sums<PairedProducts, Products<float, BFloat16>, Products<double, BFloat16>>;
+};
+#endif
+
+// partials[k, 0, c] and partials[k, 1, c] = the two sums over chunk k.
 template <class T>
 void backward_reduce(const BackwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels,
                      Range chunks) {
+  using Sums = typename SumsOf<T>::type;
   if (p.layout == Layout::planar) {
     for_groups(channels, chunks, [&](int64_t begin, int64_t end, int64_t k) {
-      planar_products<Compute<T>, T>(p, tiling, scratch.partials + 2 * k * p.C, begin, end, k);
+      double sums[2][kGroup];
+      Sums::planar(p, tiling, k, begin, end, sums);
+      for (int t = 0; t < 2; ++t) std::copy_n(sums[t], end - begin, scratch.partials + (2 * k + t) * p.C + begin);
     });
     return;
   }
-  for (int64_t k = chunks.begin; k < chunks.end; ++k)
-    row_products<Compute<T>, T>(p, tiling, scratch.partials + 2 * k * p.C, k);
+  const int64_t width = Row(p.C).width();
+  const std::unique_ptr<double[]> sums(new double[2 * width]);
+  for (int64_t k = chunks.begin; k < chunks.end; ++k) {
+    Sums::rows(p, tiling, k, sums.get());
+    for (int t = 0; t < 2; ++t) std::copy_n(sums.get() + t * width, p.C, scratch.partials + (2 * k + t) * p.C);
+  }
 }
 
 template <class T>
@@ -76,7 +186,7 @@ void backward_finish(const BackwardParams& p, const Tiling& tiling, const Scratc
     if (p.grad_weight) write(p.grad_weight, p.param_dtype, c, math::grad_weight(sum_dy_xmu, invstd));
     const A grad_mean = static_cast<A>(sum_dy / count);
     const A projection = static_cast<A>(math::projection(sum_dy_xmu, invstd, count));
-    put_factors<kBackwardFactors, A>(
+    put_factors<T, kBackwardFactors>(
         p, scratch, c, {static_cast<const A*>(p.mean)[c], static_cast<A>(weight * invstd), grad_mean, projection});
   }
 }

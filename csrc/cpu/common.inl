@@ -15,6 +15,9 @@ using std::int64_t;
 
 constexpr int kGroup = 64;  // channels whose sums are kept at once (planar)
 
+// Below it squares of float32 numbers begin to lose digits.
+constexpr double kTiny = 1e-30;
+
 // f(c, zero) for c in [begin, end), for a vector of channels at a time and then one by one: zero has the type that f is
 // to compute in.
 template <class F>
@@ -60,19 +63,21 @@ void repeat(A* values, const Row& row) {
   for (int64_t i = row.C; i < row.width(); ++i) values[i] = values[i - row.C];
 }
 
-// Where factor j of column i lies in Scratch::factors: a vector of each factor in turn, which an elementwise pass over
-// rows reads as one stream.
-template <class A, int factor_count>
+// Where factor j of column i lies in Scratch::factors: a vector of each factor in turn, in the order in which an
+// elementwise pass over rows of T reads them.
+template <class T, int factor_count>
 int64_t factor_at(int64_t j, int64_t i) {
-  return (i / lanes<A> * factor_count + j) * lanes<A> + i % lanes<A>;
+  constexpr int kLanes = lanes<Compute<T>>;
+  const int64_t at = place<Compute<T>, T>(i);
+  return (at / kLanes * factor_count + j) * kLanes + at % kLanes;
 }
 // Sets the factors of channel c.
-template <int factor_count, class A>
-void put_factors(const Problem& p, const Scratch& scratch, int64_t c, const A (&factors)[factor_count]) {
+template <class T, int factor_count>
+void put_factors(const Problem& p, const Scratch& scratch, int64_t c, const Compute<T> (&factors)[factor_count]) {
   const int64_t repeats = p.layout == Layout::planar ? 1 : Row(p.C).repeats;
   for (int64_t r = 0; r < repeats; ++r)
     for (int j = 0; j < factor_count; ++j)
-      static_cast<A*>(scratch.factors)[factor_at<A, factor_count>(j, r * p.C + c)] = factors[j];
+      static_cast<Compute<T>*>(scratch.factors)[factor_at<T, factor_count>(j, r * p.C + c)] = factors[j];
 }
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
@@ -81,39 +86,52 @@ constexpr int64_t kLine = 64;  // bytes of a cache line
 // both ways of writing within one is slow.
 template <bool streaming, int factor_count, class A, class F, class T, class... In>
 void map_run(const A* factors, int64_t c, int64_t size, F f, T* out, const In*... in) {
-  constexpr int64_t kLanes = lanes<A>, kInLine = kLine / sizeof(T);
+  constexpr int64_t kLanes = lanes<A>, kCount = parts<A, T> * kLanes, kInLine = kLine / sizeof(T);
   A factor[factor_count];
-  unrolled<factor_count>([&](auto j) { factor[j] = factors[factor_at<A, factor_count>(j, c)]; });
-  const auto at = [&](int64_t i) { return f(factor, load<A>(in + i)...); };
+  unrolled<factor_count>([&](auto j) { factor[j] = factors[factor_at<T, factor_count>(j, c)]; });
+  const auto write = [&](auto past, int64_t i) {
+    Vec<A, lanes<A>> result[parts<A, T>];
+    unrolled<parts<A, T>>([&](auto v) { result[v] = f(factor, load_part<A, v>(in + i)...); });
+    store_parts<past>(out + i, result);
+  };
   if constexpr (streaming) {
     const int64_t head = std::min<int64_t>(size, -reinterpret_cast<std::uintptr_t>(out) % kLine / sizeof(T));
-    const int64_t lines = (size - head) / kInLine * kInLine;
+    const int64_t lines = (size - head) / kInLine * kInLine, done = head + lines;
     map_run<false, factor_count>(factors, c, head, f, out, in...);
-    for (int64_t i = head; i < head + lines; i += kLanes) store<true>(out + i, at(i));
-    const int64_t done = head + lines;
+    for (int64_t i = head; i < done; i += kCount) write(std::true_type{}, i);
     map_run<false, factor_count>(factors, c, size - done, f, out + done, in + done...);
-    return;
-  }
-  if (size < kLanes) {
+  } else if (size >= kCount) {
+    for (int64_t i = 0; i + kCount <= size; i += kCount) write(std::false_type{}, i);
+    write(std::false_type{}, size - kCount);  // may overlap the one before
+  } else if (size >= kLanes) {
+    for (int64_t i : {int64_t(0), size - kLanes}) store<false>(out + i, f(factor, load<A>(in + i)...));
+  } else {
     for (int64_t i = 0; i < size; ++i) out[i] = from_float<T>(f(factor, static_cast<A>(to_float(in[i]))...));
-    return;
   }
-  for (int64_t i = 0; i + kLanes <= size; i += kLanes) store<false>(out + i, at(i));
-  store<false>(out + size - kLanes, at(size - kLanes));  // may overlap the one before
 }
 
-// The same for a row: column c is channel c's.
-template <bool streaming, int factor_count, class A, class F, class T, class... In>
-void map_row(const A* factors, int64_t size, F f, T* out, const In*... in) {
-  constexpr int kLanes = lanes<A>, kAhead = 4096 / sizeof(T);
+// The same for `rows` rows of `width` elements, side by side, so that factors are loaded once for all: column c is
+// channel c's. All loads come before the stores: rows that are a multiple of 4 KB apart would otherwise wait for one
+// another. Prefetchers lose their way between rows, so the next ones are asked for in order of memory.
+template <bool streaming, int factor_count, int rows, class A, class F, class T, class... In>
+void map_rows(const A* factors, int64_t width, F f, T* out, const In*... in) {
+  constexpr int kLanes = lanes<A>, kParts = parts<A, T>, kCount = kParts * kLanes;
+  const int64_t next = std::max<int64_t>(rows * width, 4096 / sizeof(T));
   int64_t c = 0;
-  for (; c + kLanes <= size; c += kLanes) {
-    Vec<A, kLanes> factor[factor_count];
-    unrolled<factor_count>([&](auto j) { factor[j] = load<A>(factors + c * factor_count + j * kLanes); });
-    (prefetch<kLanes>(in + c + kAhead), ...);
-    store<streaming>(out + c, f(factor, load<A>(in + c)...));
+  for (; c + kCount <= width; c += kCount) {
+    (prefetch<rows * kCount>(in + next + rows * c), ...);
+    Vec<A, kLanes> result[rows][kParts];
+    unrolled<kParts>([&](auto v) {
+      Vec<A, kLanes> factor[factor_count];
+      unrolled<factor_count>(
+          [&](auto j) { factor[j] = load<A>(factors + c * factor_count + (v * factor_count + j) * kLanes); });
+      unrolled<rows>([&](auto r) { result[r][v] = f(factor, load_part<A, v>(in + r * width + c)...); });
+    });
+    unrolled<rows>([&](auto r) { store_parts<streaming>(out + r * width + c, result[r]); });
   }
-  for (; c < size; ++c) map_run<false, factor_count>(factors, c, 1, f, out + c, in + c...);
+  for (; c < width; ++c)
+    for (int64_t i = c; i < rows * width; i += width)
+      map_run<false, factor_count>(factors, c, 1, f, out + i, in + i...);
 }
 
 // Copies past the caches, but for the ends that are not whole lines.
@@ -174,15 +192,19 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
     }
     return;
   }
+  constexpr int kRows = 4;
   const int64_t width = Row(p.C).width(), end = values.end * p.C;
-  for (int64_t i = values.begin * p.C; i < end; i += width)
-    map_row<streaming, factor_count>(factors, std::min(width, end - i), f, out + i, in + i...);
+  int64_t i = values.begin * p.C;
+  for (; i + kRows * width <= end; i += kRows * width)
+    map_rows<streaming, factor_count, kRows>(factors, width, f, out + i, in + i...);
+  for (; i + width <= end; i += width) map_rows<streaming, factor_count, 1>(factors, width, f, out + i, in + i...);
+  if (i < end) map_rows<streaming, factor_count, 1>(factors, end - i, f, out + i, in + i...);
 }
 
 template <class T, int factor_count, class F, class... In>
 void map(const Problem& p, const Scratch& scratch, Range channels, Range values, F f, T* out, const In*... in) {
   // A run is brought into line by its first vector; rows must be.
-  constexpr std::uintptr_t kBytes = lanes<Compute<T>> * sizeof(T);
+  constexpr std::uintptr_t kBytes = parts<Compute<T>, T> * lanes<Compute<T>> * sizeof(T);
   const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(out + values.begin * p.C);
   const bool planar = p.layout == Layout::planar;
   const bool aligned = planar ? begin % sizeof(T) == 0 : (begin | Row(p.C).width() * sizeof(T)) % kBytes == 0;

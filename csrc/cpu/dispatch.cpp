@@ -61,11 +61,11 @@ void apply_all(const Params& p, const Scratch& scratch, const Steps<Params>& ste
 
 // Group of channels by group, or step by step: see group_channels.
 template <class Params>
-void run(const Params& p, bool reduces, bool applies, const Steps<Params>& steps) {
+void run(const Params& p, bool reduces, bool applies, int tensors, const Steps<Params>& steps) {
   const Tiling tiling(p);
-  std::vector<double> partials(reduces ? 3 * tiling.chunks * p.C : 0), factors(4 * (Row(p.C).width() + 16));
+  std::vector<double> partials(reduces ? 3 * tiling.chunks * p.C : 0), factors(4 * (Row(p.C).width() + 32));
   const Scratch scratch{partials.data(), factors.data(), streams(p)};
-  if (const int64_t group = group_channels(p, reduces, applies, at::get_num_threads())) {
+  if (const int64_t group = group_channels(p, reduces, applies, tensors, at::get_num_threads())) {
     parallel(p.C, p.count(), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; c += group) {
         const Range channels{c, std::min(c + group, end)};
@@ -84,11 +84,11 @@ void run(const Params& p, bool reduces, bool applies, const Steps<Params>& steps
 }  // namespace
 
 void forward(const ForwardParams& p) {
-  run(p, p.training, true, kernels(p.dtype).forward);
+  run(p, p.training, true, 1, kernels(p.dtype).forward);
 }
 
 void backward(const BackwardParams& p) {
-  run(p, p.reduces(), p.grad_input != nullptr, kernels(p.dtype).backward);
+  run(p, p.reduces(), p.grad_input != nullptr, 2, kernels(p.dtype).backward);
 }
 
 }  // namespace bnext::cpu

@@ -15,9 +15,12 @@ struct Unit {
 };
 
 #ifdef __x86_64__
-const Kernels& avx512_kernels(DType dtype) {
-  static const bool converts = __builtin_cpu_supports("avx512bf16");
-  return (converts && dtype == DType::bfloat16 ? avx512bf16::kernels : avx512::kernels)(dtype);
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
+}
+const Kernels& avx512bf16_kernels(DType dtype) {
+  return (dtype == DType::bfloat16 ? avx512bf16::kernels : avx512::kernels)(dtype);
 }
 #endif
 
@@ -25,10 +28,8 @@ const Unit& choose() {
   // The best first.
   static const Unit units[] = {
 #ifdef __x86_64__
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl"),
-       avx512_kernels},
+      {"avx512bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), avx512bf16_kernels},
+      {"avx512", has_avx512(), avx512::kernels},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"), avx2::kernels},
 #endif
       {"scalar", true, scalar::kernels},
@@ -41,7 +42,7 @@ const Unit& choose() {
       throw std::invalid_argument("BNEXT_CPU_ISA: this machine has no " + wanted + "; unset it or say scalar");
     }
   }
-  throw std::invalid_argument("BNEXT_CPU_ISA: expected scalar, avx2 or avx512, got " + wanted);
+  throw std::invalid_argument("BNEXT_CPU_ISA: expected scalar, avx2, avx512 or avx512bf16, got " + wanted);
 }
 
 const Unit& unit() {

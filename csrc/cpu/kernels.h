@@ -41,8 +41,11 @@ struct Row {
 };
 
 // Channels that are reduced and then applied as a group, so that apply reads from cache what reduce has read; 0: each
-// step over the whole tensor. Both give the same bits.
-std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int threads);
+// step over the whole tensor. Both give the same bits. tensors: how many reduce reads.
+std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int tensors, int threads);
+
+// Bytes: BNEXT_CPU_LLC, or what Linux says.
+std::int64_t last_level_cache();
 
 // Whether output is better written past the caches: they cannot hold it and two tensors of its size.
 bool streams(const Problem& p);
@@ -88,8 +91,9 @@ namespace avx512bf16 {
 const Kernels& kernels(DType dtype);  // bfloat16 alone
 }
 
-// The unit that runs, "scalar", "avx2" or "avx512": the best that the machine has, or the one that BNEXT_CPU_ISA names.
-// Chosen at the first call. Throws std::invalid_argument for a name that is none, or that this machine cannot run.
+// The unit that runs, "scalar", "avx2", "avx512" or "avx512bf16" (which is avx512 with bfloat16's own instructions):
+// the best that the machine has, or the one that BNEXT_CPU_ISA names. Chosen at the first call. Throws
+// std::invalid_argument for a name that is none, or that this machine cannot run.
 const char* isa();
 const Kernels& kernels(DType dtype);
 

@@ -126,8 +126,7 @@ class RowSums {
     const int64_t rows = elements / width_, row_bytes = width_ * static_cast<int64_t>((sizeof(P) + ...));
     const int64_t tile = std::max<int64_t>(8 / kMost, kTileBytes / row_bytes / kMost) * kMost;
     int64_t row = 0;
-    for (; row < rows; row += tile)
-      add_tile(std::min(tile, rows - row), width_, row + tile < rows, f, channel, p + row * width_...);
+    for (; row < rows; row += tile) add_tile(std::min(tile, rows - row), width_, true, f, channel, p + row * width_...);
     if (const int64_t rest = elements % width_) add_tile(1, rest, false, f, channel, p + rows * width_...);
   }
 

@@ -1,4 +1,5 @@
 // How a problem is cut up; what each number is, kernels.h says.
+#include <cstdlib>
 #include <fstream>
 #include <numeric>
 #include <string>
@@ -24,12 +25,15 @@ std::int64_t second_level_cache() {
   static const std::int64_t bytes = cache_bytes(2, 1024 * 1024);
   return bytes;
 }
+}  // namespace
+
 std::int64_t last_level_cache() {
-  static const std::int64_t bytes = cache_bytes(3, 32 * 1024 * 1024);
+  static const std::int64_t bytes = [] {
+    const char* variable = std::getenv("BNEXT_CPU_LLC");
+    return variable ? std::atoll(variable) : cache_bytes(3, 32 * 1024 * 1024);
+  }();
   return bytes;
 }
-
-}  // namespace
 
 Tiling::Tiling(const Problem& p) {
   constexpr std::int64_t kBlock = 8192, kRows = 512, kChunks = 64;
@@ -66,16 +70,19 @@ std::int64_t Tiling::chunk_count(std::int64_t chunk) const {
 }
 
 Row::Row(std::int64_t C) : C(C), repeats(1) {
-  constexpr std::int64_t kVector = 16, kFew = 64, kMany = 256;  // columns
-  if (C >= kMany) return;
-  repeats = kVector / std::gcd(kVector, C);
+  constexpr std::int64_t kAtOnce = 32, kFew = 64, kMany = 4096;  // columns
+  const std::int64_t whole = kAtOnce / std::gcd(kAtOnce, C);
+  if (whole * C <= kMany) repeats = whole;
   while (width() < kFew) repeats *= 2;
 }
 
-std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int threads) {
+std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int tensors, int threads) {
   const bool feeds_threads = p.C >= 4 * static_cast<std::int64_t>(threads);
   if (!reduces || !applies || p.layout != Layout::planar || !feeds_threads) return 0;
-  return std::max<std::int64_t>(1, second_level_cache() / 4 / (p.count() * itemsize(p.dtype)));
+  // A share of the last cache: longer stretches of memory for the first reading are worth a slower second one.
+  const std::int64_t share = last_level_cache() / std::max(16, 2 * threads);
+  const std::int64_t held = std::max(second_level_cache() / 2, share);
+  return std::max<std::int64_t>(1, held / (tensors * p.count() * itemsize(p.dtype)));
 }
 
 bool streams(const Problem& p) {

@@ -116,17 +116,6 @@ inline Vec<std::uint16_t, 16> narrow<Float16, 16>(Vec<float, 16> v) {
 }
 #endif
 
-#ifdef BNEXT_BF16
-// The instruction takes denormals for zeros.
-template <>
-inline Vec<std::uint16_t, 16> narrow<BFloat16, 16>(Vec<float, 16> v) {
-  constexpr int kDenormal = 0x20;
-  if (__builtin_expect(_mm512_fpclass_ps_mask(v, kDenormal) != 0, 0))
-    return convert<Vec<std::uint16_t, 16>>(BFloat16::narrow<Vec<std::uint32_t, 16>>(v));
-  return (Vec<std::uint16_t, 16>)_mm512_cvtneps_pbh(v);
-}
-#endif
-
 // A register of consecutive elements at p, converted to C.
 template <class C, class T>
 inline Vec<C, lanes<C>> load(const T* p) {
@@ -141,16 +130,22 @@ inline Vec<C, lanes<C>> load(const T* p) {
   }
 }
 
-// Writes v past the caches; p is a multiple of its size. fence() before another thread may read.
+// Writes v past the caches; p is a multiple of its size. fence() before another thread may read. Sanitizers do not see
+// such stores, and get plain ones.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define BNEXT_STREAM_BYTES 0
+#else
+#define BNEXT_STREAM_BYTES BNEXT_VECTOR_BYTES
+#endif
 template <class V>
 inline void write_past_caches(void* p, V v) {
-#if BNEXT_VECTOR_BYTES >= 64
+#if BNEXT_STREAM_BYTES >= 64
   if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
 #endif
-#if BNEXT_VECTOR_BYTES >= 32
+#if BNEXT_STREAM_BYTES >= 32
   if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
 #endif
-#ifdef __SSE2__
+#if defined(__SSE2__) && BNEXT_STREAM_BYTES >= 16
   if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
 #endif
   std::memcpy(p, &v, sizeof(v));
@@ -178,6 +173,59 @@ inline void store(T* p, V v) {
     write(v);
   }
 }
+
+// An elementwise pass takes as many elements at once as this many vectors of A hold, and vector v of them is
+// load_part<A, v>: one vector of consecutive elements or, with BF16 instructions, those at even and those at odd
+// places.
+template <class A, class T>
+inline constexpr int parts = 1;
+template <class A, int v, class T>
+inline Vec<A, lanes<A>> load_part(const T* p) {
+  return load<A>(p);
+}
+template <bool streaming, class T, class V>
+inline void store_parts(T* p, const V (&v)[1]) {
+  store<streaming>(p, v[0]);
+}
+// The place of element i among those of its vectors, one vector after the other.
+template <class A, class T>
+inline std::int64_t place(std::int64_t i) {
+  constexpr int kCount = parts<A, T> * lanes<A>;
+  return i / kCount * kCount + i % parts<A, T> * lanes<A> + i % kCount / parts<A, T>;
+}
+
+#ifdef BNEXT_BF16
+template <>
+inline constexpr int parts<float, BFloat16> = 2;
+template <>
+inline Vec<float, 16> load_part<float, 0>(const BFloat16* p) {
+  return (Vec<float, 16>)_mm512_slli_epi32(_mm512_loadu_si512(p), 16);
+}
+template <>
+inline Vec<float, 16> load_part<float, 1>(const BFloat16* p) {
+  return (Vec<float, 16>)_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-65536));
+}
+// The instruction takes denormals for zeros: where there are any, BFloat16::narrow rounds.
+template <bool streaming>
+inline void store_parts(BFloat16* p, const Vec<float, 16> (&v)[2]) {
+  constexpr int kDenormal = 0x20;
+  using U = Vec<std::uint32_t, 16>;
+  using Bits = Vec<std::uint16_t, 32>;
+  Bits bits;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(v[0], kDenormal) | _mm512_fpclass_ps_mask(v[1], kDenormal), 0)) {
+    bits = (Bits)(BFloat16::narrow<U>(v[0]) | BFloat16::narrow<U>(v[1]) << 16);
+  } else {
+    const Bits order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    bits = (Bits)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
+  }
+  if constexpr (streaming) {
+    write_past_caches(p, bits);
+  } else {
+    std::memcpy(p, &bits, sizeof(bits));
+  }
+}
+#endif
 
 // a + b. With AVX-512 as b * 1 + a, which has the same bits, and keeps the adders, the busiest units of a reduction,
 // free.

@@ -1,0 +1,232 @@
+// The moments of a block, for forward.inl: from sums about a shift, in float32 where that is as good, else in double;
+// of bfloat16 by its own instructions first.
+//
+// A way of summing has, for the values of a block,
+//   planar(p, block, begin, end, moments, squares): the moments and the sums of squares of channels [begin, end);
+//   rows(p, block): the same of all channels, as [4, C];
+//   trusted(p, squares, m2, count): whether these can be used.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "common.inl"
+#include "reduce.inl"
+#ifdef BNEXT_BF16
+#include "pairs.inl"
+#endif
+
+namespace bnext::cpu::BNEXT_ISA {
+namespace {
+
+using Moments = math::Moments<double>;
+
+// Moments as rows of an array [3, C].
+template <class V>
+math::Moments<V> get_moments(const double* partial, int64_t C) {
+  return {get<V>(partial), get<V>(partial + C), get<V>(partial + 2 * C)};
+}
+template <class V>
+void put_moments(double* partial, int64_t C, const math::Moments<V>& m) {
+  put(partial, m.origin);
+  put(partial + C, m.offset);
+  put(partial + 2 * C, m.m2);
+}
+
+// Moments of one channel of a block in double, two passes: for values whose shifted sums overflow (an infinity, a NaN,
+// a square beyond float64).
+template <class T>
+Moments wide_moments(const ForwardParams& p, const Tiling::Block& block, int64_t c) {
+  const T* x = static_cast<const T*>(p.input);
+  const bool planar = p.layout == Layout::planar;
+  const auto each = [&](auto f) {
+    for (int64_t n = block.plane_begin; n < block.plane_end; ++n)
+      for (int64_t s = block.begin; s < block.end; ++s)
+        f(static_cast<double>(to_float(x[planar ? (n * p.C + c) * p.S + s : n * p.C + c])));
+  };
+  double sum = 0, m2 = 0;
+  each([&](double v) { sum += v; });
+  const double mean = sum / static_cast<double>(block.count());
+  each([&](double v) { m2 += (v - mean) * (v - mean); });
+  return {0, mean, m2};
+}
+
+template <class V>
+math::Moments<V> moments_of(V shift, V sum, V squares, double count) {
+  const V sums[2] = {sum, squares};
+  math::Moments<V> moments{shift, {}, {}};
+  math::welford_push(moments, 0.0, sums, 1 / count);
+  return moments;
+}
+
+// The part of a block that its shift comes from: a 64th, at least eight values, from one plane where that has as many.
+inline Tiling::Block sample(Tiling::Block block) {
+  const int64_t wanted = std::max<int64_t>(8, block.count() / 64), planes = (wanted + block.size() - 1) / block.size();
+  block.plane_end = std::min(block.plane_end, block.plane_begin + planes);
+  block.end = std::min(block.end, block.begin + wanted);
+  return block;
+}
+
+// The shift that follows from a sample: its mean, but 0 where that is smaller than the spread, for then sums of the
+// values themselves lose less than those of differences, which are rounded.
+inline double shift_of(double sum, double squares, double count) {
+  const double mean = sum / count;
+  return 2 * mean * mean * count <= squares ? 0 : mean;
+}
+
+// [4, C] from sums[2, width], with the shifts in row 0.
+inline void put_all_moments(int64_t C, double* moments, const double* sums, int64_t width, double count) {
+  for_channels(0, C, [&](int64_t c, auto zero) {
+    using V = decltype(zero);
+    const V squares = get<V>(sums + width + c);
+    put_moments(moments + c, C, moments_of(get<V>(moments + c), get<V>(sums + c), squares, count));
+    put(moments + 3 * C + c, squares);
+  });
+}
+
+// Sums in A about shifts that come from a part of the block.
+template <class A, class T>
+struct Shifted {
+  static void planar(const ForwardParams& p, const Tiling::Block& block, int64_t begin, int64_t end, Moments* moments,
+                     double* squares) {
+    const T* x = static_cast<const T*>(p.input);
+    const Tiling::Block head = sample(block);
+    A shift[kGroup];
+    RunSums<A, T, 2> heads[kGroup] = {}, sums[kGroup] = {};
+    for_runs(p, head, begin, end, [&](int64_t at, int64_t size, int64_t c) {
+      heads[c - begin].add(size, 0, [](auto* s, auto v) { math::add_shifted(s, v, A(0)); }, x + at);
+    });
+    for (int64_t i = 0; i < end - begin; ++i)
+      shift[i] = static_cast<A>(shift_of(heads[i].total(0), heads[i].total(1), static_cast<double>(head.count())));
+    for_runs(p, block, begin, end, [&](int64_t at, int64_t size, int64_t c) {
+      const auto f = [shift = shift[c - begin]](auto* s, auto v) { math::add_shifted(s, v, shift); };
+      sums[c - begin].add(size, p.C * p.S, f, x + at);
+    });
+    for (int64_t i = 0; i < end - begin; ++i) {
+      squares[i] = sums[i].total(1);
+      moments[i] =
+          moments_of(static_cast<double>(shift[i]), sums[i].total(0), squares[i], static_cast<double>(block.count()));
+    }
+  }
+
+  static std::unique_ptr<double[]> rows(const ForwardParams& p, const Tiling::Block& block) {
+    const int64_t C = p.C;
+    const Row row(C);
+    const T* x = static_cast<const T*>(p.input) + block.plane_begin * C;
+    const int64_t head = sample(block).count();
+    const std::unique_ptr<double[]> sums(new double[2 * row.width()]());
+    const std::unique_ptr<A[]> shift(new A[row.width()]());
+    std::unique_ptr<double[]> moments(new double[4 * C]);
+    const auto add_shifted = [](auto* s, auto shift, auto v) { math::add_shifted(s, v, shift); };
+    RowSums<A, T, 2>(sums.get(), row.width()).add(head * C, add_shifted, shift.get(), x);
+    fold(sums.get(), 2, row);
+    for (int64_t c = 0; c < C; ++c) {
+      shift[c] = static_cast<A>(shift_of(sums[c], sums[row.width() + c], static_cast<double>(head)));
+      moments[c] = static_cast<double>(shift[c]);
+    }
+    repeat(shift.get(), row);
+    std::fill_n(sums.get(), 2 * row.width(), 0.0);
+    RowSums<A, T, 2>(sums.get(), row.width()).add(block.count() * C, add_shifted, shift.get(), x);
+    fold(sums.get(), 2, row);
+    put_all_moments(C, moments.get(), sums.get(), row.width(), static_cast<double>(block.count()));
+    return moments;
+  }
+
+  // In float32: no square too large or too small, and a shift near the mean. Where all squares are 0, only a tiny eps
+  // would bring the difference to light.
+  static bool trusted(const ForwardParams& p, double squares, double m2, double count) {
+    const bool finite = squares <= std::numeric_limits<double>::max();
+    if (std::is_same_v<A, double>) return finite;
+    return finite & ((squares >= kTiny * count) | ((squares == 0) & (p.eps >= kTiny))) & (4 * m2 >= squares);
+  }
+};
+
+#ifdef BNEXT_BF16
+// Sums of bfloat16 numbers themselves, which lose nothing while the mean is a few deviations at most.
+struct Paired {
+  static void planar(const ForwardParams& p, const Tiling::Block& block, int64_t begin, int64_t end, Moments* moments,
+                     double* squares) {
+    const BFloat16* x = static_cast<const BFloat16*>(p.input);
+    PairRunSums sums[kGroup];
+    for_runs(p, block, begin, end,
+             [&](int64_t at, int64_t size, int64_t c) { sums[c - begin].add(size, p.C * p.S, x + at, x + at); });
+    for (int64_t i = 0; i < end - begin; ++i) {
+      squares[i] = sums[i].total(1);
+      moments[i] = moments_of(0.0, sums[i].total(0), squares[i], static_cast<double>(block.count()));
+    }
+  }
+
+  static std::unique_ptr<double[]> rows(const ForwardParams& p, const Tiling::Block& block) {
+    const Row row(p.C);
+    const BFloat16* x = static_cast<const BFloat16*>(p.input) + block.plane_begin * p.C;
+    const std::unique_ptr<double[]> sums(new double[2 * row.width()]);
+    PairRowSums pairs(row.width());
+    pairs.add(block.count() * p.C, x, x);
+    pairs.write(sums.get());
+    fold(sums.get(), 2, row);
+    std::unique_ptr<double[]> moments(new double[4 * p.C]());
+    put_all_moments(p.C, moments.get(), sums.get(), row.width(), static_cast<double>(block.count()));
+    return moments;
+  }
+
+  static bool trusted(const ForwardParams&, double squares, double m2, double count) {
+    const bool finite = squares <= std::numeric_limits<double>::max();
+    return finite & (squares >= kTiny * count) & (16 * m2 >= squares);
+  }
+};
+#endif
+
+// Ways of summing values of T, each for the channels for which the one before it is not to be trusted.
+template <class T, class Way, class... Others>
+struct Statistics {
+  static void planar(const ForwardParams& p, const Tiling::Block& block, int64_t begin, int64_t end, Moments* moments) {
+    double squares[kGroup];
+    Way::planar(p, block, begin, end, moments, squares);
+    for (int64_t c = begin; c < end; ++c) {
+      Moments& m = moments[c - begin];
+      if (Way::trusted(p, squares[c - begin], m.m2, static_cast<double>(block.count()))) continue;
+      if constexpr (sizeof...(Others) > 0) {
+        Statistics<T, Others...>::planar(p, block, c, c + 1, &m);
+      } else {
+        m = wide_moments<T>(p, block, c);
+      }
+    }
+  }
+
+  // [4, C]: origin, offset, m2, and the sum of squares.
+  static std::unique_ptr<double[]> rows(const ForwardParams& p, const Tiling::Block& block) {
+    const int64_t C = p.C;
+    auto moments = Way::rows(p, block);
+    const auto trusted = [&](int64_t c) {
+      return Way::trusted(p, moments[3 * C + c], moments[2 * C + c], static_cast<double>(block.count()));
+    };
+    int64_t trusted_ones = 0;
+    for (int64_t c = 0; c < C; ++c) trusted_ones += trusted(c);
+    if (trusted_ones == C) return moments;
+    std::unique_ptr<double[]> others;
+    if constexpr (sizeof...(Others) > 0) others = Statistics<T, Others...>::rows(p, block);
+    for (int64_t c = 0; c < C; ++c)
+      if (!trusted(c))
+        put_moments(&moments[c], C, others ? get_moments<double>(&others[c], C) : wide_moments<T>(p, block, c));
+    return moments;
+  }
+};
+
+template <class T>
+struct StatisticsOf {
+  using type = Statistics<T, Shifted<float, T>, Shifted<double, T>>;
+};
+template <>
+struct StatisticsOf<double> {
+  using type = Statistics<double, Shifted<double, double>>;
+};
+#ifdef BNEXT_BF16
+template <>
+struct StatisticsOf<BFloat16> {
+  using type = Statistics<BFloat16, Paired, Shifted<float, BFloat16>, Shifted<double, BFloat16>>;
+};
+#endif
+
+}  // namespace
+}  // namespace bnext::cpu::BNEXT_ISA

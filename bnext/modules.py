@@ -45,7 +45,7 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
         training = running_mean is None and running_var is None
     if momentum is None and counter is None:
         momentum = 0.0  # torch: without a counter to average by, the buffers stay
-    before = _version(counter)
+    before = None if counter is None else _version(counter)
     try:
         return function.apply(input, weight, bias, running_mean, running_var, counter, training, momentum, module.eps)
     except Exception:
@@ -54,9 +54,9 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
         raise
 
 
-def _version(counter: Tensor | None) -> int | None:
+def _version(counter: Tensor) -> int | None:
     """What tells whether the kernel has counted, where it can be asked for."""
-    unknown = counter is None or torch.compiler.is_compiling() or counter.is_inference()
+    unknown = torch.compiler.is_compiling() or counter.is_inference()
     return None if unknown else counter._version
 
 

@@ -19,7 +19,7 @@ def needs_torch(*tensors: Tensor | None) -> str | None:
     """
     if torch.compiler.is_exporting():
         return "torch.export"
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "TorchScript tracing"
     if torch._C._are_functorch_transforms_active():
         return "a functorch transform"
@@ -32,6 +32,8 @@ def needs_torch(*tensors: Tensor | None) -> str | None:
 
 def overrides_torch(input: object) -> bool:
     """Whether the class of input has a __torch_function__ of its own."""
+    if type(input) is Tensor:
+        return False
     own = getattr(type(input), "__torch_function__", torch._C._disabled_torch_function_impl)
     inherited = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
     return getattr(own, "__func__", own) not in inherited

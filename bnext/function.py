@@ -1,11 +1,16 @@
-"""Batch normalisation as torch.autograd.Functions over torch.ops.bnext, twice differentiable."""
+"""Batch normalisation as torch.autograd.Functions over torch.ops.bnext, twice differentiable.
+
+csrc/autograd.cpp has the first of them in C++ too, and comes back here for the second derivative.
+"""
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.overrides import has_torch_function_variadic
 
 from bnext import ops, reference
 from bnext.fallbacks import backward_needs_formula
@@ -37,28 +42,44 @@ class BatchNormFunction(torch.autograd.Function):
         momentum: float | None,
         eps: float,
     ) -> Tensor:
-        output, mean, invstd = _forward(
-            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-        )
+        if training:
+            output, mean, invstd = ops.batch_norm_train(
+                input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
+            )
+        else:
+            output, mean, invstd = ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps)
         ctx.save_for_backward(input, weight, mean, invstd)
         ctx.training, ctx.eps, ctx.bias_shape = training, eps, None if bias is None else bias.shape
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (grad_output, *ctx.saved_tensors, ctx.training)
-        mask = ctx.needs_input_grad[:3]
-        if backward_needs_formula(*arguments[:3]):
-            found = _formula(*arguments, ctx.eps)
-            grads = [grad if wanted else None for grad, wanted in zip(found, mask, strict=True)]
-        elif torch.is_grad_enabled():  # create_graph=True
-            grads = BatchNormBackwardFunction.apply(*arguments, ctx.eps, mask)
-        else:
-            grads = ops.batch_norm_backward(*arguments, mask)
-        grad_input, grad_weight, grad_bias = grads
+        grad_input, grad_weight, grad_bias = backward(
+            grad_output, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.needs_input_grad[:3]
+        )
         if grad_bias is not None and grad_bias.shape != ctx.bias_shape:
             grad_bias = grad_bias.reshape(ctx.bias_shape)
         return grad_input, grad_weight, grad_bias, None, None, None, None, None, None
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    eps: float,
+    mask: tuple[bool, bool, bool],
+) -> Sequence[Tensor | None]:
+    """The gradients of input, weight and bias that mask asks for, by the op or, where that cannot do, the formula."""
+    arguments = (grad_output, input, weight, mean, invstd, training)
+    if backward_needs_formula(grad_output, input, weight):
+        found = _formula(*arguments, eps)
+        return [grad if wanted else None for grad, wanted in zip(found, mask, strict=True)]
+    if torch.is_grad_enabled():  # create_graph=True
+        return BatchNormBackwardFunction.apply(*arguments, eps, mask)
+    return ops.batch_norm_backward(*arguments, mask)
 
 
 class BatchNormBackwardFunction(torch.autograd.Function):
@@ -138,26 +159,6 @@ def _float(name: str, value: Any) -> float:
     raise TypeError(f"batch_norm(): argument '{name}' must be float, not {type(value).__name__}")
 
 
-def _forward(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """output, mean and invstd from the op that `training` asks for."""
-    if training:
-        return ops.batch_norm_train(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
-    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
-        if buffer is None:
-            raise RuntimeError(f"{name} must be defined in evaluation mode")
-    return ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps)
-
-
 def apply(
     input: Tensor,
     weight: Tensor | None,
@@ -169,20 +170,30 @@ def apply(
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    """BatchNormFunction.apply, without autograd's bookkeeping where nothing wants a gradient.
+    """BatchNormFunction.apply; by csrc/autograd.cpp, for speed, where nothing has to see Python call the ops.
+
+    torch.compile follows Python alone, and a __torch_function__, of a mode or a class, takes calls from Python.
 
     Raises TypeError for a momentum or eps that is no number.
     """
-    momentum, eps = momentum if momentum is None else _float("momentum", momentum), _float("eps", eps)
-    arguments = (
-        input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-    )  # fmt: skip
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in arguments[:3]):
-        return _forward(*arguments)[0]
-    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
-        if buffer is not None and buffer.requires_grad:
-            raise RuntimeError(
-                f"batch_norm is not differentiable with respect to argument '{name}'. "
-                "This input cannot have requires_grad True."
-            )
-    return BatchNormFunction.apply(*arguments)
+    if type(momentum) is not float and momentum is not None:
+        momentum = _float("momentum", momentum)
+    if type(eps) is not float:
+        eps = _float("eps", eps)
+    if running_mean is not None and running_mean.requires_grad:
+        _refuse_gradient("running_mean", input, weight, bias)
+    if running_var is not None and running_var.requires_grad:
+        _refuse_gradient("running_var", input, weight, bias)
+    tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
+    if torch.compiler.is_dynamo_compiling() or has_torch_function_variadic(*tensors):
+        return BatchNormFunction.apply(*tensors, training, momentum, eps)
+    return ops.batch_norm(*tensors, training, momentum, eps)
+
+
+def _refuse_gradient(name: str, *differentiable: Tensor | None) -> None:
+    """As torch, where the call has a gradient at all."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        raise RuntimeError(
+            f"batch_norm is not differentiable with respect to argument '{name}'. "
+            "This input cannot have requires_grad True."
+        )

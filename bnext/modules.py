@@ -30,10 +30,11 @@ class _Forward(_BatchNorm):
 def _forward(module: _Forward, input: Tensor) -> Tensor:
     if isinstance(input, fx.Proxy):  # torch.fx takes only torch.nn's own modules for leaves
         return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input,), {})
-    module._check_input_dim(input)
-    running_mean, running_var = module.running_mean, module.running_var
-    if overrides_torch(input) or needs_torch(input, module.weight, module.bias, running_mean, running_var):
+    # Once each: torch takes most of a microsecond to find a parameter or buffer.
+    weight, bias, running_mean, running_var = module.weight, module.bias, module.running_mean, module.running_var
+    if overrides_torch(input) or needs_torch(input, weight, bias, running_mean, running_var):
         return _BatchNorm.forward(module, input)
+    module._check_input_dim(input)
     counter, momentum, training = None, module.momentum, bool(module.training)
     if training:
         if module.track_running_stats:
@@ -44,20 +45,18 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
         training = running_mean is None and running_var is None
     if momentum is None and counter is None:
         momentum = 0.0  # torch: without a counter to average by, the buffers stay
-    before = _version(counter)
+    before = None if counter is None else _version(counter)
     try:
-        return function.apply(
-            input, module.weight, module.bias, running_mean, running_var, counter, training, momentum, module.eps
-        )
+        return function.apply(input, weight, bias, running_mean, running_var, counter, training, momentum, module.eps)
     except Exception:
         if counter is not None and _version(counter) == before:
             counter.add_(1)  # torch counts a batch before it looks at it
         raise
 
 
-def _version(counter: Tensor | None) -> int | None:
+def _version(counter: Tensor) -> int | None:
     """What tells whether the kernel has counted, where it can be asked for."""
-    unknown = counter is None or torch.compiler.is_compiling() or counter.is_inference()
+    unknown = torch.compiler.is_compiling() or counter.is_inference()
     return None if unknown else counter._version
 
 

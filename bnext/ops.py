@@ -16,11 +16,12 @@ except ImportError as error:
         "rebuild it with pip install --no-build-isolation --force-reinstall --no-deps ., or make build in a checkout"
     ) from error
 
-__all__ = ["batch_norm_backward", "batch_norm_eval", "batch_norm_train", "built_for_torch", "cpu_isa"]
+__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_eval", "batch_norm_train", "built_for_torch", "cpu_isa"]
 
 built_for_torch: str = _C.torch_version
-cpu_isa: str = _C.cpu_isa()  # what the CPU kernels use, one of "scalar", "avx2", "avx512" and "avx512bf16"; BNEXT_CPU_ISA forces one
+cpu_isa: str = _C.cpu_isa()  # scalar, avx2, avx512 or avx512bf16; BNEXT_CPU_ISA forces one
 
+batch_norm = _C.batch_norm  # calls these as BatchNormFunction.apply does
 batch_norm_train = torch.ops.bnext.batch_norm_train.default
 batch_norm_eval = torch.ops.bnext.batch_norm_eval.default
 batch_norm_backward = torch.ops.bnext.batch_norm_backward.default
@@ -100,6 +101,9 @@ def _(
     running_var: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+        if buffer is None:
+            raise RuntimeError(f"{name} must be defined in evaluation mode")
     _check(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     return _fake_forward(input)
 

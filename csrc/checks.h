@@ -108,8 +108,8 @@ inline void train(const Tensor& x, const OptTensor& weight, const OptTensor& bia
 inline void eval(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& running_mean,
                  const Tensor& running_var, double eps) {
   TORCH_CHECK_VALUE(!(eps < 0), "batch_norm eps must be non-negative, but got ", eps);
-  required("running_mean", running_mean);
-  required("running_var", running_var);
+  TORCH_CHECK(running_mean.defined(), "running_mean must be defined in evaluation mode");
+  TORCH_CHECK(running_var.defined(), "running_var must be defined in evaluation mode");
   arguments(x, weight, bias, running_mean, running_var);
 }
 

@@ -105,7 +105,8 @@ ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTens
   const at::MemoryFormat format = output_format(input);
   const Tensor x = input.contiguous(format);
   Tensor output = at::empty_like(x, format);
-  Tensor mean = at::empty({input.size(1)}, stats_options(input)), invstd = at::empty_like(mean);
+  const auto statistic = [&] { return at::empty({input.size(1)}, stats_options(input)); };
+  Tensor mean = statistic(), invstd = statistic();
   const Channels weight_(weight), bias_(bias), running_mean_(running_mean), running_var_(running_var);
 
   ForwardParams p{};

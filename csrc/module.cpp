@@ -1,8 +1,11 @@
-// bnext._C: facts about the build, and what is planned for a GPU. Loading it registers torch.ops.bnext.
-#include <pybind11/pybind11.h>
+// bnext._C: one call of batch norm, facts about the build, and what is planned for a GPU. Loading it registers
+// torch.ops.bnext.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <string>
 
+#include "autograd.h"
 #include "cpu/kernels.h"
 #include "cuda/plan.h"
 
@@ -77,6 +80,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = BNEXT_CUDA_ARCHS;  // TORCH_CUDA_ARCH_LIST of the CUDA kernels; "": built without them
   m.def("cpu_isa", &bnext::cpu::isa,
         "Instruction set of the CPU kernels: scalar, avx2, avx512 or avx512bf16; BNEXT_CPU_ISA forces one.");
+  m.def("batch_norm", torch::wrap_pybind_function_no_gil(&bnext::batch_norm),
+        "bnext.BatchNormFunction.apply of plain tensors: the same arguments, ops and gradients, by a node in C++.");
   using py::arg;
   m.def("cpu_plan", &cpu_plan, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"),
         arg("backward"), arg("threads"),

@@ -283,14 +283,42 @@ csrc/checks.h test_errors::test_refused
 + TORCH_CHECK_VALUE(count != -1,
 
 saved-in-secret: what was saved for the backward can be changed unnoticed
-bnext/function.py test_autograd::test_what_was_saved_may_not_change
+csrc/autograd.cpp test_autograd::test_what_was_saved_may_not_change
+- ctx->save_for_backward({input, weight.value_or(Tensor()), mean, invstd});
++ ctx->save_for_backward({input.data(), weight ? weight->data() : Tensor(), mean, invstd});
+
+saved-in-secret-by-python: the same where Python calls the ops
+bnext/function.py test_routes::test_what_was_saved_may_not_change
 - ctx.save_for_backward(input, weight, mean, invstd)
 + ctx.save_for_backward(input.data, None if weight is None else weight.data, mean, invstd)
 
 mask-of-all: every gradient is computed, wanted or not
-bnext/function.py test_backward::test_requires_grad
+csrc/autograd.cpp test_backward::test_requires_grad
+- saved[3], training, mask);
++ saved[3], training, {true, true, true});
+
+mask-of-all-by-python: the same where Python calls the ops
+bnext/function.py test_routes::test_same_bits
 - ops.batch_norm_backward(*arguments, mask)
 + ops.batch_norm_backward(*arguments, (True, True, True))
+
+edges-counted-wrong: what autograd asks for is looked up as if every argument were given
+csrc/autograd.cpp test_routes::test_same_bits
+- given && ctx->needs_input_grad(edge++)
++ given && ctx->needs_input_grad(i)
+
+first-derivative-only: the gradients themselves are not differentiated
+csrc/autograd.cpp test_autograd::test_second_derivative_is_torchs
+- if (at::GradMode::is_enabled() ||
++ if (
+
+tangents-lost: a tangent that comes to the backward does not leave it
+csrc/autograd.cpp test_autograd::test_tangent_that_comes_through_the_gradient
+-  || t->_fw_grad(0).defined()
+
+unseen-by-modes: a mode that takes calls from Python sees none
+bnext/function.py test_routes::test_a_mode_sees_the_op
+- or has_torch_function_variadic(*tensors)
 
 double-backward-of-constants: the double backward takes the statistics for constants
 bnext/function.py test_autograd::test_second_derivative_is_torchs
@@ -310,7 +338,12 @@ bnext/function.py test_autograd::test_upstream_that_depends_on_the_input
 + t for t in
 
 grad-bias-shape: the gradient of a bias that is not [C] has another shape
-bnext/function.py test_backward::test_parameters_of_two_dimensions
+csrc/autograd.cpp test_backward::test_parameters_of_two_dimensions
+- bias->reshape({-1}) : bias
++ *bias : bias
+
+grad-bias-shape-by-python: the same where Python calls the ops
+bnext/function.py test_routes::test_same_bits
 - grad_bias = grad_bias.reshape(ctx.bias_shape)
 + pass
 
@@ -341,7 +374,7 @@ bnext/fallbacks.py test_forward::test_no_buffers
 
 never-while-tracing: a trace holds bnext's ops
 bnext/fallbacks.py test_fallbacks::test_trace
-- if torch.jit.is_tracing():
+- if torch._C._get_tracing_state() is not None:
 + if False:
 
 fake-dtype: the fake kernel's statistics are float32 for float64

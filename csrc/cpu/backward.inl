@@ -95,7 +95,7 @@ struct PairedProducts {
 
   static bool trusted(const BackwardParams& p, int64_t c, double sum, double count) {
     const float normalized = static_cast<const float*>(p.mean)[c] * static_cast<const float*>(p.invstd)[c];
-    return std::abs(normalized) <= 4 && Products<float, BFloat16>::trusted(p, c, sum, count);
+    return std::abs(normalized) <= 8 && Products<float, BFloat16>::trusted(p, c, sum, count);
   }
 };
 #endif

@@ -116,7 +116,8 @@ void map_run(const A* factors, int64_t c, int64_t size, F f, T* out, const In*..
 template <bool streaming, int factor_count, int rows, class A, class F, class T, class... In>
 void map_rows(const A* factors, int64_t width, F f, T* out, const In*... in) {
   constexpr int kLanes = lanes<A>, kParts = parts<A, T>, kCount = kParts * kLanes;
-  const int64_t next = std::max<int64_t>(rows * width, 4096 / sizeof(T));
+  constexpr int64_t kAhead = 16384;  // bytes
+  const int64_t next = std::max<int64_t>(rows * width, kAhead / sizeof(T));
   int64_t c = 0;
   for (; c + kCount <= width; c += kCount) {
     (prefetch<rows * kCount>(in + next + rows * c), ...);
@@ -134,45 +135,6 @@ void map_rows(const A* factors, int64_t width, F f, T* out, const In*... in) {
       map_run<false, factor_count>(factors, c, 1, f, out + i, in + i...);
 }
 
-// Copies past the caches, but for the ends that are not whole lines.
-template <class T>
-void copy_past_caches(T* out, const T* from, int64_t size) {
-  constexpr int64_t kInLine = kLine / sizeof(T);
-  const int64_t head = std::min<int64_t>(size, -reinterpret_cast<std::uintptr_t>(out) % kLine / sizeof(T));
-  std::memcpy(out, from, head * sizeof(T));
-  int64_t i = head;
-  for (; i + kInLine <= size; i += kInLine)
-    unrolled<kLine / BNEXT_VECTOR_BYTES>([&](auto j) {
-      constexpr int kOffset = j * BNEXT_VECTOR_BYTES / sizeof(T);
-      Vec<char, BNEXT_VECTOR_BYTES> v;
-      std::memcpy(&v, from + i + kOffset, sizeof(v));
-      write_past_caches(out + i + kOffset, v);
-    });
-  std::memcpy(out + i, from + i, (size - i) * sizeof(T));
-}
-
-// The planes of channels [begin, end) of an image, which lie side by side, past the caches: short planes, of which
-// few lines belong to one alone, by way of a buffer.
-template <int factor_count, class A, class F, class T, class... In>
-void map_planes(const A* factors, int64_t begin, int64_t end, int64_t S, F f, T* out, const In*... in) {
-  constexpr int64_t kBuffer = 16384 / sizeof(T), kShortPlane = kBuffer / 4;
-  alignas(kLine) T buffer[kBuffer];
-  const bool whole_lines = (reinterpret_cast<std::uintptr_t>(out) | S * sizeof(T)) % kLine == 0;
-  for (int64_t c = begin; c < end;) {
-    const int64_t at = (c - begin) * S;
-    if (S > kShortPlane || whole_lines) {
-      map_run<true, factor_count>(factors, c, S, f, out + at, in + at...);
-      ++c;
-      continue;
-    }
-    const int64_t count = std::min(end - c, kBuffer / S);
-    for (int64_t i = 0; i < count; ++i)
-      map_run<false, factor_count>(factors, c + i, S, f, buffer + i * S, in + at + i * S...);
-    copy_past_caches(out + at, buffer, count * S);
-    c += count;
-  }
-}
-
 // out[i] = f(factors of i's channel, in[i]...) for a range of each channel's values, in order of memory.
 template <bool streaming, class T, int factor_count, class F, class... In>
 void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Range values, F f, T* out,
@@ -181,12 +143,9 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
   if (p.layout == Layout::planar) {
     for (int64_t value = values.begin; value < values.end;) {
       const int64_t n = value / p.S, s = value % p.S, size = std::min(p.S - s, values.end - value);
-      const int64_t first = (n * p.C + channels.begin) * p.S + s;
-      if (streaming && size == p.S) {
-        map_planes<factor_count>(factors, channels.begin, channels.end, p.S, f, out + first, in + first...);
-      } else {
-        for (int64_t c = channels.begin, i = first; c < channels.end; ++c, i += p.S)
-          map_run<streaming, factor_count>(factors, c, size, f, out + i, in + i...);
+      for (int64_t c = channels.begin; c < channels.end; ++c) {
+        const int64_t i = (n * p.C + c) * p.S + s;
+        map_run<streaming, factor_count>(factors, c, size, f, out + i, in + i...);
       }
       value += size;
     }
@@ -203,12 +162,12 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
 
 template <class T, int factor_count, class F, class... In>
 void map(const Problem& p, const Scratch& scratch, Range channels, Range values, F f, T* out, const In*... in) {
-  // A run is brought into line by its first vector; rows must be.
-  constexpr std::uintptr_t kBytes = parts<Compute<T>, T> * lanes<Compute<T>> * sizeof(T);
-  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(out + values.begin * p.C);
+  // Planes and rows of whole lines, or planes so long that the lines at their ends do not count.
+  constexpr int64_t kLongPlane = 1024;
   const bool planar = p.layout == Layout::planar;
-  const bool aligned = planar ? begin % sizeof(T) == 0 : (begin | Row(p.C).width() * sizeof(T)) % kBytes == 0;
-  if (scratch.streaming && aligned) {
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(planar ? out : out + values.begin * p.C);
+  const bool lines = (begin | (planar ? p.S : Row(p.C).width()) * sizeof(T)) % kLine == 0;
+  if (scratch.streaming && (lines || (planar && p.S >= kLongPlane))) {
     map_in_order<true, T, factor_count>(p, scratch, channels, values, f, out, in...);
     fence();
   } else {

@@ -47,7 +47,7 @@ std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int te
 // Bytes: BNEXT_CPU_LLC, or what Linux says.
 std::int64_t last_level_cache();
 
-// Whether output is better written past the caches: they cannot hold it and two tensors of its size.
+// Whether output is better written past the caches: it exceeds an eighth of the last one, which others use too.
 bool streams(const Problem& p);
 
 struct Range {

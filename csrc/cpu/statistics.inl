@@ -4,7 +4,7 @@
 // A way of summing has, for the values of a block,
 //   planar(p, block, begin, end, moments, squares): the moments and the sums of squares of channels [begin, end);
 //   rows(p, block): the same of all channels, as [4, C];
-//   trusted(p, squares, m2, count): whether these can be used.
+//   trusted(p, moments, squares, count): whether these can be used.
 #pragma once
 
 #include <cmath>
@@ -135,15 +135,15 @@ struct Shifted {
 
   // In float32: no square too large or too small, and a shift near the mean. Where all squares are 0, only a tiny eps
   // would bring the difference to light.
-  static bool trusted(const ForwardParams& p, double squares, double m2, double count) {
+  static bool trusted(const ForwardParams& p, const Moments& m, double squares, double count) {
     const bool finite = squares <= std::numeric_limits<double>::max();
     if (std::is_same_v<A, double>) return finite;
-    return finite & ((squares >= kTiny * count) | ((squares == 0) & (p.eps >= kTiny))) & (4 * m2 >= squares);
+    return finite & ((squares >= kTiny * count) | ((squares == 0) & (p.eps >= kTiny))) & (4 * m.m2 >= squares);
   }
 };
 
 #ifdef BNEXT_BF16
-// Sums of bfloat16 numbers themselves, which lose nothing while the mean is a few deviations at most.
+// Sums of bfloat16 numbers themselves.
 struct Paired {
   static void planar(const ForwardParams& p, const Tiling::Block& block, int64_t begin, int64_t end, Moments* moments,
                      double* squares) {
@@ -170,9 +170,12 @@ struct Paired {
     return moments;
   }
 
-  static bool trusted(const ForwardParams&, double squares, double m2, double count) {
+  // What lies nearer together than to 0 has squares of few digits, whose short sums are exact; but their sum must not
+  // exceed the squares of deviations by more than double has digits to spare.
+  static bool trusted(const ForwardParams& p, const Moments& m, double squares, double count) {
     const bool finite = squares <= std::numeric_limits<double>::max();
-    return finite & (squares >= kTiny * count) & (16 * m2 >= squares);
+    const bool zero = (squares == 0) & (m.offset == 0) & (p.eps >= kTiny);
+    return zero | (finite & (squares >= kTiny * count) & (0x1p20 * m.m2 >= squares));
   }
 };
 #endif
@@ -185,7 +188,7 @@ struct Statistics {
     Way::planar(p, block, begin, end, moments, squares);
     for (int64_t c = begin; c < end; ++c) {
       Moments& m = moments[c - begin];
-      if (Way::trusted(p, squares[c - begin], m.m2, static_cast<double>(block.count()))) continue;
+      if (Way::trusted(p, m, squares[c - begin], static_cast<double>(block.count()))) continue;
       if constexpr (sizeof...(Others) > 0) {
         Statistics<T, Others...>::planar(p, block, c, c + 1, &m);
       } else {
@@ -199,7 +202,8 @@ struct Statistics {
     const int64_t C = p.C;
     auto moments = Way::rows(p, block);
     const auto trusted = [&](int64_t c) {
-      return Way::trusted(p, moments[3 * C + c], moments[2 * C + c], static_cast<double>(block.count()));
+      return Way::trusted(p, get_moments<double>(&moments[c], C), moments[3 * C + c],
+                          static_cast<double>(block.count()));
     };
     int64_t trusted_ones = 0;
     for (int64_t c = 0; c < C; ++c) trusted_ones += trusted(c);

@@ -86,7 +86,7 @@ std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int te
 }
 
 bool streams(const Problem& p) {
-  return 3 * p.C * p.count() * itemsize(p.dtype) > last_level_cache();
+  return 8 * p.C * p.count() * itemsize(p.dtype) > last_level_cache();
 }
 
 }  // namespace bnext::cpu

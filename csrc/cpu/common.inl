@@ -80,16 +80,18 @@ void put_factors(const Problem& p, const Scratch& scratch, int64_t c, const Comp
       static_cast<Compute<T>*>(scratch.factors)[factor_at<T, factor_count>(j, r * p.C + c)] = factors[j];
 }
 
-constexpr int64_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kLine = 64;      // bytes of a cache line
+constexpr int64_t kAhead = 16384;  // bytes from what is read to what is asked for
 
 // out[i] = f(factors of column c, in[i]...) for i in [0, size). Only whole lines are written past the caches: to mix
-// both ways of writing within one is slow.
+// both ways of writing within one is slow. `ahead` elements further on is what will be wanted soon, unless 0.
 template <bool streaming, int factor_count, class A, class F, class T, class... In>
-void map_run(const A* factors, int64_t c, int64_t size, F f, T* out, const In*... in) {
+void map_run(const A* factors, int64_t c, int64_t size, int64_t ahead, F f, T* out, const In*... in) {
   constexpr int64_t kLanes = lanes<A>, kCount = parts<A, T> * kLanes, kInLine = kLine / sizeof(T);
   A factor[factor_count];
   unrolled<factor_count>([&](auto j) { factor[j] = factors[factor_at<T, factor_count>(j, c)]; });
   const auto write = [&](auto past, int64_t i) {
+    if (ahead != 0) (prefetch<kCount>(in + i + ahead), ...);
     Vec<A, lanes<A>> result[parts<A, T>];
     unrolled<parts<A, T>>([&](auto v) { result[v] = f(factor, load_part<A, v>(in + i)...); });
     store_parts<past>(out + i, result);
@@ -97,9 +99,9 @@ void map_run(const A* factors, int64_t c, int64_t size, F f, T* out, const In*..
   if constexpr (streaming) {
     const int64_t head = std::min<int64_t>(size, -reinterpret_cast<std::uintptr_t>(out) % kLine / sizeof(T));
     const int64_t lines = (size - head) / kInLine * kInLine, done = head + lines;
-    map_run<false, factor_count>(factors, c, head, f, out, in...);
+    map_run<false, factor_count>(factors, c, head, ahead, f, out, in...);
     for (int64_t i = head; i < done; i += kCount) write(std::true_type{}, i);
-    map_run<false, factor_count>(factors, c, size - done, f, out + done, in + done...);
+    map_run<false, factor_count>(factors, c, size - done, ahead, f, out + done, in + done...);
   } else if (size >= kCount) {
     for (int64_t i = 0; i + kCount <= size; i += kCount) write(std::false_type{}, i);
     write(std::false_type{}, size - kCount);  // may overlap the one before
@@ -116,8 +118,7 @@ void map_run(const A* factors, int64_t c, int64_t size, F f, T* out, const In*..
 template <bool streaming, int factor_count, int rows, class A, class F, class T, class... In>
 void map_rows(const A* factors, int64_t width, F f, T* out, const In*... in) {
   constexpr int kLanes = lanes<A>, kParts = parts<A, T>, kCount = kParts * kLanes;
-  constexpr int64_t kAhead = 16384;  // bytes
-  const int64_t next = std::max<int64_t>(rows * width, kAhead / sizeof(T));
+  const int64_t next = std::max(rows * width, kAhead / static_cast<int64_t>(sizeof(T)));
   int64_t c = 0;
   for (; c + kCount <= width; c += kCount) {
     (prefetch<rows * kCount>(in + next + rows * c), ...);
@@ -132,7 +133,7 @@ void map_rows(const A* factors, int64_t width, F f, T* out, const In*... in) {
   }
   for (; c < width; ++c)
     for (int64_t i = c; i < rows * width; i += width)
-      map_run<false, factor_count>(factors, c, 1, f, out + i, in + i...);
+      map_run<false, factor_count>(factors, c, 1, 0, f, out + i, in + i...);
 }
 
 // out[i] = f(factors of i's channel, in[i]...) for a range of each channel's values, in order of memory.
@@ -141,11 +142,14 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
                   const In*... in) {
   const auto* factors = static_cast<const Compute<T>*>(scratch.factors);
   if (p.layout == Layout::planar) {
+    // The next group of channels is read while this one is written.
+    const bool grouped = values.end - values.begin == p.count() && channels.end < p.C;
+    const int64_t ahead = grouped ? (channels.end - channels.begin) * p.S : 0;
     for (int64_t value = values.begin; value < values.end;) {
       const int64_t n = value / p.S, s = value % p.S, size = std::min(p.S - s, values.end - value);
       for (int64_t c = channels.begin; c < channels.end; ++c) {
         const int64_t i = (n * p.C + c) * p.S + s;
-        map_run<streaming, factor_count>(factors, c, size, f, out + i, in + i...);
+        map_run<streaming, factor_count>(factors, c, size, ahead, f, out + i, in + i...);
       }
       value += size;
     }

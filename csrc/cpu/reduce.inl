@@ -115,7 +115,7 @@ template <class A, class T, int terms>
 class RowSums {
   static constexpr int kMost = kShort<T>, kLanes = lanes<A>, kParts = lanes<A> / lanes<double>;
   static constexpr int kColumns = BNEXT_VECTOR_BYTES == 64 ? 4 : 2;  // vectors whose sums are in registers
-  static constexpr int64_t kTileBytes = 32 * 1024;
+  static constexpr int64_t kTileBytes = 64 * 1024;
   using Wide = Vec<double, lanes<double>>;
 
  public:

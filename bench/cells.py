@@ -9,10 +9,10 @@ from bench.rows import OK, Mean, Row
 FIGURES = ("us", "+-%", "GB/s", "% of floor", "speedup", "peak MiB", "passes", "plan")
 COLUMNS = ("layer", "shape", "backend", *FIGURES)
 MEAN_COLUMNS = (
-    *("suite", "mode", "layout", "dtype", "threads", "backend", "layers", "speedup", "% of floor"),
+    *("suite", "mode", "layout", "dtype", "threads", "backend", "layers", "speedup", "% of floor", "scaling"),
     *("least speedup", "at"),
 )
-NUMBERS = {*FIGURES, "threads", "layers", "least speedup"} - {"plan"}
+NUMBERS = {*FIGURES, "threads", "layers", "scaling", "least speedup"} - {"plan"}
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
@@ -52,10 +52,11 @@ def figures(row: Row) -> list[str]:
 
 def mean_cells(mean: Mean) -> list[str]:
     """The text below each of MEAN_COLUMNS."""
-    speedup, least = (f"{value:.2f}" if value is not None else "" for value in (mean.speedup, _least(mean)))
+    ratios = (mean.speedup, mean.scaling, _least(mean))
+    speedup, scaling, least = (f"{value:.2f}" if value is not None else "" for value in ratios)
     where = _place(mean.worst.case) if mean.worst else ""
     named = [mean.suite, mean.mode, mean.layout, mean.dtype, str(mean.threads), mean.backend, str(mean.layers)]
-    return [*named, speedup, digits(mean.floor_share, 100), least, where]
+    return [*named, speedup, digits(mean.floor_share, 100), scaling, least, where]
 
 
 def _least(mean: Mean) -> float | None:

@@ -37,6 +37,7 @@ the columns:
   speedup     against --baseline
   peak MiB    what one call allocates, its results included
   passes      how often bnext expects to move the tensor, by the plan that it chose; not a measurement
+  scaling     of the means: the time with the fewest --threads over this one; cases are timed one after the other
 
 exit code: 0, 1 if anything was wrong or failed, 2 for bad arguments, 130 after Ctrl-C."""
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -70,6 +70,7 @@ class Mean:
     """Geometric means of a backend over the rows of a suite that differ in shape alone.
 
     weighted by how often a layer occurs; layers: how many rows have figures; worst: the row with the least speedup.
+    scaling: the median time with the fewest threads over that with these; None where these are the fewest.
     """
 
     suite: str
@@ -81,6 +82,7 @@ class Mean:
     layers: int
     speedup: float | None
     floor_share: float | None
+    scaling: float | None
     worst: Row | None
 
 
@@ -93,6 +95,9 @@ def means(rows: Sequence[Row]) -> list[Mean]:
             case = row.case
             key = (case.suite, case.mode, case.layout, case.dtype, case.threads, row.backend)
             groups.setdefault(key, []).append(row)
+    fewest: dict[tuple[Any, ...], Row] = {}
+    for row in sorted((row for group in groups.values() for row in group), key=lambda row: row.case.threads):
+        fewest.setdefault(_but_threads(row), row)
     for key, group in groups.items():
         compared = [row for row in group if row.speedup is not None]
         worst = min(compared, key=lambda row: row.speedup or 0.0, default=None)
@@ -103,10 +108,23 @@ def means(rows: Sequence[Row]) -> list[Mean]:
                 len(group),
                 _geometric([(row.speedup, row.case.count) for row in compared]),
                 _geometric([(row.floor_share, row.case.count) for row in shares]),
+                _geometric([scaled for row in group if (scaled := _scaling(row, fewest[_but_threads(row)]))]),
                 worst,
             )
         )
     return found
+
+
+def _but_threads(row: Row) -> tuple[Any, ...]:
+    """What rows that differ in threads alone have in common."""
+    return replace(row.case, threads=0), row.backend
+
+
+def _scaling(row: Row, fewest: Row) -> tuple[float, int] | None:
+    """How often as fast as with the fewest threads, and the weight."""
+    if row.case.threads == fewest.case.threads or row.spread is None or fewest.spread is None:
+        return None
+    return fewest.spread.median / row.spread.median, row.case.count
 
 
 def _geometric(weighted: Sequence[tuple[float | None, int]]) -> float | None:

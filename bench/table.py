@@ -11,7 +11,7 @@ from bench.rows import FLOOR, OK, Mean, Row
 
 _HEADER = ("mode", "layout", "threads", "backend", *FIGURES)
 _WIDTHS = dict(zip(_HEADER, (7, 6, 7, 12, 9, 5, 6, 10, 7, 8, 6, 1), strict=True))
-_MEAN_WIDTHS = dict(zip(MEAN_COLUMNS, (9, 7, 6, 8, 7, 12, 6, 7, 10, 13, 1), strict=True))
+_MEAN_WIDTHS = dict(zip(MEAN_COLUMNS, (9, 7, 6, 8, 7, 12, 6, 7, 10, 7, 13, 1), strict=True))
 
 
 class Table(Protocol):

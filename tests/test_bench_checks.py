@@ -1,12 +1,16 @@
 """What the benchmark's figures rest on: the check of every output, means, plans, floors."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import backends, floors, plans, rows, verify
+from bench import backends, floors, rows, verify
 from bench.cases import Case, make_inputs
 
 pytestmark = [
@@ -91,15 +95,52 @@ def test_means_weigh_layers_by_how_often_they_occur():
     assert mean.worst.speedup == 2.0
 
 
+def test_means_show_what_threads_bring():
+    def row(threads, seconds, shape, count=1):
+        case = Case("net", "a", shape, count, "fwd", "nchw", "float32", "cpu", threads)
+        return rows.Row(case, "bnext", samples=(seconds,))
+
+    small, large = (2, 3, 4, 4), (2, 3, 8, 8)
+    found = rows.means([row(2, 1.0, small), row(2, 1.0, large, 3), row(1, 1.0, small), row(1, 2.0, large, 3)])
+    assert [(mean.threads, mean.scaling) for mean in found] == [(2, pytest.approx(2**0.75)), (1, None)]
+
+
+CHOSEN = """
+from bench import plans
+from bench.cases import Case
+def show(mode, layout, shape, threads=1):
+    print(*plans.predicted(Case("net", "a", shape, 1, mode, layout, "float32", "cpu", threads)), sep="; ")
+show("eval", "nchw", (4, 6, 5, 3))
+show("fwd", "nchw", (4, 6, 5, 3))
+show("fwd", "nchw", (4, 6, 5, 3), 2)
+show("fwd_bwd", "nchw", (32, 64, 56, 56))
+show("fwd", "nchw", (32, 1024, 14, 14))
+show("fwd", "nhwc", (32, 64, 56, 56))
+show("bwd", "nhwc", (32, 64, 56, 56))
+show("bwd", "nhwc", (32, 64, 7, 7))
+"""
+
+
 def test_what_bnext_chooses():
-    assert plans.predicted(case_of("eval")) == ("one step", 2)
-    assert plans.predicted(case_of("fwd")) == ("by 6 channels", 2)
-    assert plans.predicted(case_of("fwd", threads=2)) == ("two steps", 2)  # too few channels for two threads
-    big = {"shape": (32, 64, 56, 56)}
-    assert plans.predicted(case_of("fwd", **big)) == ("by 1 channels", 2)
-    assert plans.predicted(case_of("fwd_bwd", **big)) == ("by 1 channels; by 1 channels", 5)
-    assert plans.predicted(case_of("fwd", "nhwc", **big)) == ("two steps", 3)
-    assert plans.predicted(case_of("bwd", "nhwc", **big)) == ("two steps", 5)
+    environment = {**os.environ, "BNEXT_CPU_LLC": str(32 * 1024 * 1024)}
+    run = subprocess.run(
+        [sys.executable, "-c", CHOSEN],
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.splitlines() == [
+        "one step; 2",
+        "by 6 channels; 2",
+        "two steps; 2",  # too few channels for two threads
+        "by 5 channels, streaming; by 2 channels, streaming; 5",
+        "by 83 channels; 2",  # planes that are no whole lines are not streamed
+        "two steps, streaming; 3",
+        "two steps, streaming; 5",
+        "two steps; 3",
+    ]
 
 
 def test_the_floor_moves_what_it_says():

@@ -177,11 +177,11 @@ def test_markdown_begins_with_what_was_measured():
 def test_markdown_of_the_means():
     means = [tuple(line.values()) for line in markdown_tables(files.markdown(REPORT))["Geometric means"]]
     assert means == [
-        ("nets", "fwd", "nchw", "float32", "2", "floor", "1", "", "100", "", ""),
-        ("nets", "fwd", "nchw", "float32", "2", "torch", "1", "1.00", "47.6", "1.00", "conv1 32x64x56x56"),
-        ("nets", "fwd", "nchw", "float32", "2", "bnext", "1", "2.10", "100", "2.10", "conv1 32x64x56x56"),
-        ("nets", "bwd", "nchw", "float32", "1", "bnext", "1", "0.50", "", "0.50", "conv1 32x64x56x56"),
-        ("other", "fwd", "nchw", "float32", "2", "bnext", "1", "", "", "", ""),
+        ("nets", "fwd", "nchw", "float32", "2", "floor", "1", "", "100", "", "", ""),
+        ("nets", "fwd", "nchw", "float32", "2", "torch", "1", "1.00", "47.6", "", "1.00", "conv1 32x64x56x56"),
+        ("nets", "fwd", "nchw", "float32", "2", "bnext", "1", "2.10", "100", "", "2.10", "conv1 32x64x56x56"),
+        ("nets", "bwd", "nchw", "float32", "1", "bnext", "1", "0.50", "", "", "0.50", "conv1 32x64x56x56"),
+        ("other", "fwd", "nchw", "float32", "2", "bnext", "1", "", "", "", "", ""),
     ]
 
 

@@ -166,12 +166,9 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
 
 template <class T, int factor_count, class F, class... In>
 void map(const Problem& p, const Scratch& scratch, Range channels, Range values, F f, T* out, const In*... in) {
-  // Planes and rows of whole lines, or planes so long that the lines at their ends do not count.
-  constexpr int64_t kLongPlane = 1024;
-  const bool planar = p.layout == Layout::planar;
-  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(planar ? out : out + values.begin * p.C);
-  const bool lines = (begin | (planar ? p.S : Row(p.C).width()) * sizeof(T)) % kLine == 0;
-  if (scratch.streaming && (lines || (planar && p.S >= kLongPlane))) {
+  // streams() wants planes and rows of whole lines, or long planes; whole lines must begin as such.
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(out + values.begin * p.C);
+  if (scratch.streaming && (begin % kLine == 0 || p.layout == Layout::planar)) {
     map_in_order<true, T, factor_count>(p, scratch, channels, values, f, out, in...);
     fence();
   } else {

@@ -47,7 +47,8 @@ std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int te
 // Bytes: BNEXT_CPU_LLC, or what Linux says.
 std::int64_t last_level_cache();
 
-// Whether output is better written past the caches: it exceeds an eighth of the last one, which others use too.
+// Whether output is better written past the caches: it exceeds an eighth of the last one, which others use too, and
+// planes or rows are whole cache lines, or planes so long that the lines at their ends do not count.
 bool streams(const Problem& p);
 
 struct Range {

@@ -86,7 +86,11 @@ std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int te
 }
 
 bool streams(const Problem& p) {
-  return 8 * p.C * p.count() * itemsize(p.dtype) > last_level_cache();
+  constexpr std::int64_t kLine = 64, kLongPlane = 1024;  // bytes, elements
+  const bool planar = p.layout == Layout::planar;
+  const bool lines = (planar ? p.S : Row(p.C).width()) * itemsize(p.dtype) % kLine == 0;
+  const bool large = 8 * p.C * p.count() * itemsize(p.dtype) > last_level_cache();
+  return large && (lines || (planar && p.S >= kLongPlane));
 }
 
 }  // namespace bnext::cpu

@@ -36,16 +36,17 @@ std::int64_t last_level_cache() {
 }
 
 Tiling::Tiling(const Problem& p) {
-  constexpr std::int64_t kBlock = 8192, kRows = 512, kChunks = 64;
+  constexpr std::int64_t kBlock = 8192, kRows = 512, kChunks = 64, kWorthwhile = 16384;
   const bool planar = p.layout == Layout::planar;
   planes = planar ? p.N : p.N * p.S;
   plane = planar ? p.S : 1;
   if (planar) {
     block_size = kBlock;
   } else {
-    // An eighth of all, so that threads have something to share, in multiples of what is summed at once.
-    const std::int64_t least = 4 * Row(p.C).repeats;
-    block_size = std::max<std::int64_t>(least, std::min(kRows, planes / 8) / least * least);
+    // An eighth of all, so that threads have something to share, but enough to be worth the bookkeeping; in multiples
+    // of what is summed at once.
+    const std::int64_t least = 4 * Row(p.C).repeats, worthwhile = std::max(planes / 8, kWorthwhile / p.C);
+    block_size = std::max(least, std::min(kRows, worthwhile) / least * least);
   }
   planes_per_block = std::max<std::int64_t>(1, block_size / plane);
   blocks_per_plane = (plane + block_size - 1) / block_size;

@@ -50,10 +50,13 @@ class BatchNormFunction(torch.autograd.Function):
             output, mean, invstd = ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps)
         ctx.save_for_backward(input, weight, mean, invstd)
         ctx.training, ctx.eps, ctx.bias_shape = training, eps, None if bias is None else bias.shape
+        ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 9
         grad_input, grad_weight, grad_bias = backward(
             grad_output, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.needs_input_grad[:3]
         )

@@ -98,10 +98,12 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     auto [output, mean, invstd] = bnext::forward(input, weight, bias, rest);
     ctx->save_for_backward({input, weight.value_or(Tensor()), mean, invstd});
     ctx->saved_data["call"] = Call{rest.training, rest.eps, has(bias)};
+    ctx->set_materialize_grads(false);
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(4);
     const variable_list saved = ctx->get_saved_variables();
     const auto [training, eps, has_bias] = ctx->saved_data["call"].to<Call>();
     Mask mask{};

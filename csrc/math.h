@@ -29,12 +29,22 @@ struct Moments {
   BNEXT_DEVICE A mean() const { return origin + offset; }
 };
 
-// sum[0] += x - shift, sum[1] += (x - shift)^2.
+// What sums over a channel are made of: the first factor, and the product of both.
+template <class V>
+struct Factors {
+  V first, second;
+};
+template <class V>
+BNEXT_DEVICE inline void add(V* sum, const Factors<V>& f) {
+  sum[0] += f.first;
+  sum[1] = multiply_add(f.first, f.second, sum[1]);
+}
+
+// x - shift and its square.
 template <class V, class P>
-BNEXT_DEVICE inline void add_shifted(V* sum, V x, P shift) {
+BNEXT_DEVICE inline Factors<V> shifted(V x, P shift) {
   const V d = x - shift;
-  sum[0] += d;
-  sum[1] = multiply_add(d, d, sum[1]);
+  return {d, d};
 }
 
 // Welford (1962), for k values at once: takes values with sums sum(x - origin) and sum((x - origin)^2) about a's own
@@ -102,11 +112,10 @@ BNEXT_DEVICE inline V normalize(V x, P mean, P scale, P bias) {
   return multiply_add(x - mean, scale, bias);
 }
 
-// sum[0] += dy, sum[1] += dy * (x - mean): what every gradient of a channel is made of.
+// dy and dy * (x - mean): what every gradient of a channel is made of.
 template <class V, class P>
-BNEXT_DEVICE inline void add_products(V* sum, V dy, V x, P mean) {
-  sum[0] += dy;
-  sum[1] = multiply_add(dy, x - mean, sum[1]);
+BNEXT_DEVICE inline Factors<V> products(V dy, V x, P mean) {
+  return {dy, x - mean};
 }
 
 // Gradient through the batch's own statistics (Ioffe & Szegedy 2015, section 3), with

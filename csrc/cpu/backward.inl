@@ -30,10 +30,10 @@ struct Products {
                      double (*sums)[kGroup]) {
     const auto* mean = static_cast<const Compute<T>*>(p.mean);
     const T *grad_output = static_cast<const T*>(p.grad_output), *input = static_cast<const T*>(p.input);
-    RunSums<A, T, 2> runs[kGroup] = {};
+    RunSums<A, T> runs[kGroup] = {};
     for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
       for_runs(p, tiling.block(b), begin, end, [&](int64_t at, int64_t size, int64_t c) {
-        const auto f = [m = static_cast<A>(mean[c])](auto* s, auto dy, auto x) { math::add_products(s, dy, x, m); };
+        const auto f = [m = static_cast<A>(mean[c])](auto dy, auto x) { return math::products(dy, x, m); };
         runs[c - begin].add(size, p.C * p.S, f, grad_output + at, input + at);
       });
     }
@@ -48,8 +48,8 @@ struct Products {
     repeat(mean.get(), row);
     std::fill_n(sums, 2 * row.width(), 0.0);
     const int64_t begin = tiling.block(tiling.chunk_begin(k)).plane_begin * p.C;
-    const auto products = [](auto* s, auto mean, auto dy, auto x) { math::add_products(s, dy, x, mean); };
-    RowSums<A, T, 2>(sums, row.width())
+    const auto products = [](auto mean, auto dy, auto x) { return math::products(dy, x, mean); };
+    RowSums<A, T>(sums, row.width())
         .add(tiling.chunk_count(k) * p.C, products, mean.get(), static_cast<const T*>(p.grad_output) + begin,
              static_cast<const T*>(p.input) + begin);
     fold(sums, 2, row);
@@ -79,6 +79,7 @@ struct PairedProducts {
     for (int64_t i = 0; i < end - begin; ++i) {
       sums[0][i] = runs[i].total(0);
       sums[1][i] = runs[i].total(1) - static_cast<const float*>(p.mean)[begin + i] * sums[0][i];
+      if (runs[i].lost()) sums[1][i] = kLost;
     }
   }
 
@@ -91,6 +92,7 @@ struct PairedProducts {
     pairs.write(sums);
     fold(sums, 2, row);
     for (int64_t c = 0; c < p.C; ++c) sums[row.width() + c] -= static_cast<const float*>(p.mean)[c] * sums[c];
+    pairs.each_lost([&](int64_t column) { sums[row.width() + column % p.C] = kLost; });
   }
 
   static bool trusted(const BackwardParams& p, int64_t c, double sum, double count) {

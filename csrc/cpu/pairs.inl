@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 
 #include "vec.h"
@@ -21,6 +22,21 @@ inline __m512i load_some(const BFloat16* p, int64_t count) {
   const __mmask32 present = count >= kInRegister ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
   return _mm512_maskz_loadu_epi16(present, p);
 }
+
+// In the place of sums that are lost.
+constexpr double kLost = std::numeric_limits<double>::quiet_NaN();
+
+// Which bits, but for signs, have been seen in a and in b.
+struct Seen {
+  using Bits = Vec<std::uint16_t, kInRegister>;
+  Bits a = {}, b = {};
+
+  void add(__m512i more_a, __m512i more_b) {
+    a |= (Bits)more_a;
+    b |= (Bits)more_b;
+  }
+  static __mmask32 some(Bits bits) { return _mm512_test_epi16_mask((__m512i)bits, _mm512_set1_epi16(0x7fff)); }
+};
 
 // some[0] += a, some[1] += a * b, each lane two elements.
 inline void add_pairs(Vec<float, 16>* some, __m512i a, __m512i b) {
@@ -42,26 +58,35 @@ class PairRunSums {
     };
     constexpr std::integral_constant<int, kInRegister> one;
     constexpr std::integral_constant<int, kShort * kInRegister> many;
+    Seen seen = seen_;
     int64_t i = 0;
     for (; i + many <= count; i += many) {
       Vec<float, 16> some[2] = {};
       ask(many, i);
       unrolled<kShort>([&](auto u) {
         const int64_t at = i + u * kInRegister;
-        add_pairs(some, _mm512_loadu_si512(a + at), _mm512_loadu_si512(b + at));
+        const __m512i of_a = _mm512_loadu_si512(a + at), of_b = _mm512_loadu_si512(b + at);
+        seen.add(of_a, of_b);
+        add_pairs(some, of_a, of_b);
       });
       for (int t = 0; t < 2; ++t) add_in_double(sums_[t], some[t]);
     }
-    if (i == count) return;
+    if (i == count) {
+      seen_ = seen;
+      return;
+    }
     const int registers = static_cast<int>((count - i + one - 1) / one);
     if (held_ + registers > kShort) release();
     held_ += registers;
     Vec<float, 16> some[2] = {some_[0], some_[1]};
     for (; i < count; i += one) {
       ask(one, i);
-      add_pairs(some, load_some(a + i, count - i), load_some(b + i, count - i));
+      const __m512i of_a = load_some(a + i, count - i), of_b = load_some(b + i, count - i);
+      seen.add(of_a, of_b);
+      add_pairs(some, of_a, of_b);
     }
     std::memcpy(some_, some, sizeof(some));
+    seen_ = seen;
   }
   double total(int term) {
     release();
@@ -69,6 +94,10 @@ class PairRunSums {
     double total = 0;
     for (int i = 0; i < 8; ++i) total += both[i];
     return total;
+  }
+  bool lost() {
+    const bool in_a = Seen::some(seen_.a), in_b = Seen::some(seen_.b);
+    return total(1) == 0 && in_a && (in_b || total(0) == 0);
   }
 
  private:
@@ -82,6 +111,7 @@ class PairRunSums {
 
   Vec<double, 8> sums_[2][2] = {};
   Vec<float, 16> some_[2] = {};
+  Seen seen_;
   int held_ = 0;
 };
 
@@ -93,7 +123,9 @@ class PairRowSums {
 
  public:
   explicit PairRowSums(int64_t width)
-      : width_(width), sums_(new Vec<double, 8>[(width + kInRegister - 1) / kInRegister * 8]()) {}
+      : width_(width),
+        sums_(new Vec<double, 8>[(width + kInRegister - 1) / kInRegister * 8]()),
+        seen_(new Seen[(width + kInRegister - 1) / kInRegister]) {}
 
   void add(int64_t elements, const BFloat16* a, const BFloat16* b) {
     const int64_t rows = elements / width_, row_bytes = width_ * (a == b ? 2 : 4);
@@ -111,11 +143,19 @@ class PairRowSums {
 
   // sums[t * width + c] = the sum for column c.
   void write(double* sums) const {
-    for (int64_t c = 0; c < width_; ++c) {
-      // Columns 0 to 3 of each eight are in the first, 4 to 7 in the second of two registers.
-      const int64_t i = c % kInRegister, half = i / 4 % 2, lane = i / 8 * 4 + i % 4;
-      for (int t = 0; t < 2; ++t)
-        sums[t * width_ + c] = sums_[c / kInRegister * 8 + t * 4 + half * 2 + lane / 8][lane % 8];
+    for (int t = 0; t < 2; ++t)
+      for (int64_t c = 0; c < width_; ++c) sums[t * width_ + c] = sum(t, c);
+  }
+  // f(c) for every column whose sum is lost.
+  template <class F>
+  void each_lost(F f) const {
+    for (int64_t begin = 0; begin < width_; begin += kInRegister) {
+      const Seen& seen = seen_[begin / kInRegister];
+      const __mmask32 in_a = Seen::some(seen.a), in_b = Seen::some(seen.b);
+      for (int64_t c = begin; c < std::min(begin + kInRegister, width_); ++c) {
+        const int i = static_cast<int>(c - begin);
+        if (sum(1, c) == 0 && in_a >> i & 1 && (in_b >> i & 1 || sum(0, c) == 0)) f(c);
+      }
     }
   }
 
@@ -125,6 +165,7 @@ class PairRowSums {
   void add_columns(int64_t rows, int64_t c, int64_t size, const BFloat16* a, const BFloat16* b, const BFloat16* next_a,
                    const BFloat16* next_b) {
     Vec<double, 8>* const sums = &sums_[c / kInRegister * 8];
+    Seen seen = seen_[c / kInRegister];
     for (int64_t row = 0; row < rows; row += kShort) {
       Vec<float, 16> some[2][2] = {};  // of each half both terms
       const auto add_two = [&](int64_t r, bool both) {
@@ -136,6 +177,7 @@ class PairRowSums {
         const __m512i zero = _mm512_setzero_si512();
         const __m512i a0 = load_some(a + at, size), a1 = both ? load_some(a + at + width_, size) : zero;
         const __m512i b0 = load_some(b + at, size), b1 = both ? load_some(b + at + width_, size) : zero;
+        seen.add(_mm512_or_si512(a0, a1), _mm512_or_si512(b0, b1));
         add_pairs(some[0], _mm512_unpacklo_epi16(a0, a1), _mm512_unpacklo_epi16(b0, b1));
         add_pairs(some[1], _mm512_unpackhi_epi16(a0, a1), _mm512_unpackhi_epi16(b0, b1));
       };
@@ -147,10 +189,18 @@ class PairRowSums {
       for (int t = 0; t < 2; ++t)
         for (int half = 0; half < 2; ++half) add_in_double(sums + 4 * t + 2 * half, some[half][t]);
     }
+    seen_[c / kInRegister] = seen;
+  }
+
+  // The sum for a column. Columns 0 to 3 of each eight are in the first, 4 to 7 in the second of two registers.
+  double sum(int t, int64_t column) const {
+    const int64_t i = column % kInRegister, half = i / 4 % 2, lane = i / 8 * 4 + i % 4;
+    return sums_[column / kInRegister * 8 + t * 4 + half * 2 + lane / 8][lane % 8];
   }
 
   int64_t width_;
   std::unique_ptr<Vec<double, 8>[]> sums_;  // [column / 32, term, half of the columns, half of the lanes]
+  std::unique_ptr<Seen[]> seen_;            // [column / 32]
 };
 
 }  // namespace

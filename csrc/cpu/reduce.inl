@@ -1,7 +1,8 @@
-// Sums over a channel, for kernels.inl: short sums in A, then in double, in an order that does not depend on
-// the instruction set. A is float for float32 and narrower types, or double.
+// Sums over a channel of the two terms that math::Factors make, for kernels.inl: short sums in A, then in double, in an
+// order that does not depend on the instruction set. A is float for float32 and narrower types, or double.
 #pragma once
 
+#include "../math.h"
 #include "vec.h"
 
 namespace bnext::cpu::BNEXT_ISA {
@@ -24,10 +25,12 @@ auto last_lanes(int64_t count, int64_t first) {
   return __builtin_convertvector(mask, Vec<Lane, lanes<A>>);
 }
 
-// Sums over runs of consecutive elements: term t is what f adds to sum[t] for each element. Elements go into 16 slots:
-// element i into slot i % 16, except that the last count % 16 of a run go into the last slots.
-template <class A, class T, int terms>
+// Sums over runs of consecutive elements, of which f makes factors. Elements go into 16 slots: element i into slot i %
+// 16, except that the last count % 16 of a run go into the last slots. First factors of float32 are in double at once,
+// since what they are sums of may cancel.
+template <class A, class T>
 class RunSums {
+  static constexpr bool kFirstInDouble = std::is_same_v<A, float> && std::is_same_v<T, float>;
   static constexpr int kMost = kShort<T>, kSlots = 16, kPieces = kSlots / lanes<A>, kParts = lanes<A> / lanes<double>;
   using Wide = Vec<double, lanes<double>>;
 
@@ -37,31 +40,38 @@ class RunSums {
   void add(int64_t count, int64_t ahead, F f, const P*... p) {
     if (count < kSlots) {
       for (int64_t i = 0; i < count; ++i) {
-        A one[terms] = {};
-        f(one, static_cast<A>(to_float(p[i]))...);
-        for (int t = 0; t < terms; ++t) sums_[t][i] += static_cast<double>(one[t]);
+        A one[2] = {};
+        math::add(one, f(static_cast<A>(to_float(p[i]))...));
+        for (int t = 0; t < 2; ++t) sums_[t][i] += static_cast<double>(one[t]);
       }
       return;
     }
-    Wide sum[kPieces][terms][kParts];
+    Wide sum[kPieces][2][kParts];
     each(sum, [](Wide& value, double* slots) { std::memcpy(&value, slots, sizeof(value)); });
     // Of `length` times kSlots elements from i on and, if there are any, of the run's last ones, fewer than kSlots.
     const auto step = [&](auto length, int64_t i, int64_t last) {
       (prefetch<length * kSlots>(p + i + ahead), ...);
 #pragma GCC unroll 8
       for (int piece = 0; piece < kPieces; ++piece) {
-        Vec<A, lanes<A>> some[terms] = {};
-        for (int u = 0; u < length; ++u) f(some, load<A>(p + i + u * kSlots + piece * lanes<A>)...);
+        Vec<A, lanes<A>> some[2] = {};
+        for (int u = 0; u < length; ++u) {
+          const auto factors = f(load<A>(p + i + u * kSlots + piece * lanes<A>)...);
+          if constexpr (kFirstInDouble) {
+            add_in_double(sum[piece][0], factors.first);
+            some[1] = math::multiply_add(factors.first, factors.second, some[1]);
+          } else {
+            math::add(some, factors);
+          }
+        }
         if (last) {
           auto fresh = last_lanes<A>(last, piece * lanes<A>);
-          Vec<A, lanes<A>> more[terms] = {};
-          f(more, load<A>(p + count - kSlots + piece * lanes<A>)...);
+          Vec<A, lanes<A>> more[2] = {};
+          math::add(more, f(load<A>(p + count - kSlots + piece * lanes<A>)...));
 #pragma GCC unroll 2
-          for (int t = 0; t < terms; ++t)
-            some[t] += bit_cast<Vec<A, lanes<A>>>(bit_cast<decltype(fresh)>(more[t]) & fresh);
+          for (int t = 0; t < 2; ++t) some[t] += bit_cast<Vec<A, lanes<A>>>(bit_cast<decltype(fresh)>(more[t]) & fresh);
         }
-#pragma GCC unroll 2
-        for (int t = 0; t < terms; ++t) add_in_double(sum[piece][t], some[t]);
+        if (last || !kFirstInDouble) add_in_double(sum[piece][0], some[0]);
+        add_in_double(sum[piece][1], some[1]);
       }
     };
     int64_t i = 0;
@@ -95,23 +105,23 @@ class RunSums {
 
  private:
   template <class F>
-  void each(Wide (&sum)[kPieces][terms][kParts], F f) {
+  void each(Wide (&sum)[kPieces][2][kParts], F f) {
 #pragma GCC unroll 8
     for (int piece = 0; piece < kPieces; ++piece)
 #pragma GCC unroll 2
-      for (int t = 0; t < terms; ++t)
+      for (int t = 0; t < 2; ++t)
 #pragma GCC unroll 2
         for (int part = 0; part < kParts; ++part)
           f(sum[piece][t][part], sums_[t] + piece * lanes<A> + part * lanes<double>);
   }
-  double sums_[terms][kSlots] = {};
+  double sums_[2][kSlots] = {};
 };
 
-// Sums over rows of `width` elements, one for each column: what f adds to sum[t] for element c of each row goes into
-// sums[t * width + c]; the last row may be short. f also gets channel[c], a value that all rows share. Rows are taken
-// in tiles that the nearest caches hold, since columns of a tile are summed one after the other; the next tile is asked
-// for in order of memory meanwhile.
-template <class A, class T, int terms>
+// Sums over rows of `width` elements, one for each column: those of term t go into sums[t * width + c]; the last row
+// may be short. f, which makes factors, also gets channel[c], a value that all rows share. Rows are taken in tiles that
+// the nearest caches hold, since columns of a tile are summed one after the other; the next tile is asked for in order
+// of memory meanwhile.
+template <class A, class T>
 class RowSums {
   static constexpr int kMost = kShort<T>, kLanes = lanes<A>, kParts = lanes<A> / lanes<double>;
   static constexpr int kColumns = BNEXT_VECTOR_BYTES == 64 ? 4 : 2;  // vectors whose sums are in registers
@@ -143,10 +153,10 @@ class RowSums {
     for (; c < size; ++c) {
       for (int64_t row = 0, length; row < rows; row += length) {
         length = row + kMost <= rows ? kMost : 1;
-        A some[terms] = {};
+        A some[2] = {};
         for (int64_t r = row; r < row + length; ++r)
-          f(some, channel[c], static_cast<A>(to_float(p[r * width_ + c]))...);
-        for (int t = 0; t < terms; ++t) sums_[t * width_ + c] += static_cast<double>(some[t]);
+          math::add(some, f(channel[c], static_cast<A>(to_float(p[r * width_ + c]))...));
+        for (int t = 0; t < 2; ++t) sums_[t * width_ + c] += static_cast<double>(some[t]);
       }
     }
   }
@@ -155,7 +165,7 @@ class RowSums {
   void add_columns(int64_t rows, int64_t c, int64_t& asked, F f, const A* channel, const P*... p) const {
     const int64_t width = width_;
     int64_t next = asked;
-    Wide sum[columns][terms][kParts];
+    Wide sum[columns][2][kParts];
     each<columns>(sum, c, [](Wide& value, double* at) { std::memcpy(&value, at, sizeof(value)); });
     Vec<A, kLanes> shared[columns];
 #pragma GCC unroll 4
@@ -164,10 +174,10 @@ class RowSums {
 #pragma GCC unroll 4
       for (int v = 0; v < columns; ++v) {
         if (ahead) (prefetch<length * kLanes>(p + next + v * length * kLanes), ...);
-        Vec<A, kLanes> some[terms] = {};
-        for (int u = 0; u < length; ++u) f(some, shared[v], load<A>(p + first + u * width + v * kLanes)...);
+        Vec<A, kLanes> some[2] = {};
+        for (int u = 0; u < length; ++u) math::add(some, f(shared[v], load<A>(p + first + u * width + v * kLanes)...));
 #pragma GCC unroll 2
-        for (int t = 0; t < terms; ++t) add_in_double(sum[v][t], some[t]);
+        for (int t = 0; t < 2; ++t) add_in_double(sum[v][t], some[t]);
       }
       next += columns * length * kLanes;
     };
@@ -179,17 +189,17 @@ class RowSums {
   }
 
   template <int columns, class F>
-  void each(Wide (&sum)[columns][terms][kParts], int64_t c, F f) const {
+  void each(Wide (&sum)[columns][2][kParts], int64_t c, F f) const {
 #pragma GCC unroll 4
     for (int v = 0; v < columns; ++v)
 #pragma GCC unroll 2
-      for (int t = 0; t < terms; ++t)
+      for (int t = 0; t < 2; ++t)
 #pragma GCC unroll 2
         for (int part = 0; part < kParts; ++part)
           f(sum[v][t][part], sums_ + t * width_ + c + v * kLanes + part * lanes<double>);
   }
 
-  double* sums_;  // [terms, width]
+  double* sums_;  // [2, width]
   int64_t width_;
 };
 

@@ -93,14 +93,14 @@ struct Shifted {
     const T* x = static_cast<const T*>(p.input);
     const Tiling::Block head = sample(block);
     A shift[kGroup];
-    RunSums<A, T, 2> heads[kGroup] = {}, sums[kGroup] = {};
+    RunSums<A, T> heads[kGroup] = {}, sums[kGroup] = {};
     for_runs(p, head, begin, end, [&](int64_t at, int64_t size, int64_t c) {
-      heads[c - begin].add(size, 0, [](auto* s, auto v) { math::add_shifted(s, v, A(0)); }, x + at);
+      heads[c - begin].add(size, 0, [](auto v) { return math::shifted(v, A(0)); }, x + at);
     });
     for (int64_t i = 0; i < end - begin; ++i)
       shift[i] = static_cast<A>(shift_of(heads[i].total(0), heads[i].total(1), static_cast<double>(head.count())));
     for_runs(p, block, begin, end, [&](int64_t at, int64_t size, int64_t c) {
-      const auto f = [shift = shift[c - begin]](auto* s, auto v) { math::add_shifted(s, v, shift); };
+      const auto f = [shift = shift[c - begin]](auto v) { return math::shifted(v, shift); };
       sums[c - begin].add(size, p.C * p.S, f, x + at);
     });
     for (int64_t i = 0; i < end - begin; ++i) {
@@ -118,8 +118,8 @@ struct Shifted {
     const std::unique_ptr<double[]> sums(new double[2 * row.width()]());
     const std::unique_ptr<A[]> shift(new A[row.width()]());
     std::unique_ptr<double[]> moments(new double[4 * C]);
-    const auto add_shifted = [](auto* s, auto shift, auto v) { math::add_shifted(s, v, shift); };
-    RowSums<A, T, 2>(sums.get(), row.width()).add(head * C, add_shifted, shift.get(), x);
+    const auto shifted = [](auto shift, auto v) { return math::shifted(v, shift); };
+    RowSums<A, T>(sums.get(), row.width()).add(head * C, shifted, shift.get(), x);
     fold(sums.get(), 2, row);
     for (int64_t c = 0; c < C; ++c) {
       shift[c] = static_cast<A>(shift_of(sums[c], sums[row.width() + c], static_cast<double>(head)));
@@ -127,7 +127,7 @@ struct Shifted {
     }
     repeat(shift.get(), row);
     std::fill_n(sums.get(), 2 * row.width(), 0.0);
-    RowSums<A, T, 2>(sums.get(), row.width()).add(block.count() * C, add_shifted, shift.get(), x);
+    RowSums<A, T>(sums.get(), row.width()).add(block.count() * C, shifted, shift.get(), x);
     fold(sums.get(), 2, row);
     put_all_moments(C, moments.get(), sums.get(), row.width(), static_cast<double>(block.count()));
     return moments;
@@ -152,7 +152,7 @@ struct Paired {
     for_runs(p, block, begin, end,
              [&](int64_t at, int64_t size, int64_t c) { sums[c - begin].add(size, p.C * p.S, x + at, x + at); });
     for (int64_t i = 0; i < end - begin; ++i) {
-      squares[i] = sums[i].total(1);
+      squares[i] = sums[i].lost() ? kLost : sums[i].total(1);
       moments[i] = moments_of(0.0, sums[i].total(0), squares[i], static_cast<double>(block.count()));
     }
   }
@@ -167,6 +167,7 @@ struct Paired {
     fold(sums.get(), 2, row);
     std::unique_ptr<double[]> moments(new double[4 * p.C]());
     put_all_moments(p.C, moments.get(), sums.get(), row.width(), static_cast<double>(block.count()));
+    pairs.each_lost([&](int64_t column) { moments[3 * p.C + column % p.C] = kLost; });
     return moments;
   }
 

@@ -72,7 +72,7 @@ struct Backward {
 #pragma unroll
           for (int i = 0; i < kPack / kColumns; ++i) {
             const A dy_i = widen(dy[u].element[c + i]), x_i = widen(x[u].element[c + i]);
-            if (holds<Tile>(slots[u], c + i)) math::add_products(sum, dy_i, x_i, mean[c]);
+            if (holds<Tile>(slots[u], c + i)) math::add(sum, math::products(dy_i, x_i, mean[c]));
           }
         }
         part[c].add({static_cast<double>(sum[0]), static_cast<double>(sum[1])});

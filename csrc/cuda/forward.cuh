@@ -71,7 +71,7 @@ struct Forward {
         };
         if (count == 0) each([&](A value) { m.origin = value; });
         A sum[2] = {0, 0};
-        each([&](A value) { math::add_shifted(sum, value, m.origin); });
+        each([&](A value) { math::add(sum, math::shifted(value, m.origin)); });
         math::welford_push(m, count, sum, inverse);
         math::recenter(m);
       }

@@ -12,6 +12,7 @@ from helpers import (
     LARGE,
     OUTPUTS,
     SMALL,
+    assert_accurate,
     bnext_ops,
     by_dtype,
     by_layout,
@@ -19,6 +20,8 @@ from helpers import (
     by_wide_dtype,
     channel_arguments,
     check,
+    exact,
+    float_id,
     in_layout,
     layers,
     nonfinite_alike,
@@ -147,6 +150,90 @@ def test_sum_backward(layout, training):
         grads.append((leaf.grad, layer.weight.grad, layer.bias.grad))
     for mine, reference in zip(*grads, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-4)
+
+
+@by_mode
+@by_dtype
+def test_tails_of_planes(dtype, training, one_thread):
+    for size in range(1, 71):
+        x, arguments = problem((3, 5, size), dtype)
+        check(x, training=training, **arguments)
+
+
+ROWS = [(rows, channels) for channels in range(1, 71) for rows in (5, 75)]
+LONG_ROWS = [(rows, channels) for channels in (272, 816, *range(4095, 4100)) for rows in (3, 37)]
+
+
+@by_mode
+@by_dtype
+@pytest.mark.parametrize("shapes", [ROWS, LONG_ROWS], ids=["few channels", "many channels"])
+def test_tails_of_rows(shapes, dtype, training, one_thread):
+    for shape in shapes:
+        x, arguments = problem(shape, dtype)
+        check(x, training=training, **arguments)
+
+
+# Mean and spread of a channel. Its squares may be beyond float32, or below.
+SIZES = [
+    *[(0, 1), (0, 1e25), (0, 1e-25), (0, 3e37), (0, 1e-33), (0, 1e-20), (0, 3e-15)],
+    *[(0, 0), (3, 0), (1e25, 0), (1e-25, 0)],
+    *[(1e6, 1), (1e25, 1e23), (1e-25, 1e-27), (100, 1), (1e38, 1e36)],
+]
+
+
+@by_layout
+@by_mode
+@pytest.mark.parametrize("eps", [1e-5, 1e-60])
+@pytest.mark.parametrize("upstream", [1.0, 1e25, 1e-25])
+@pytest.mark.parametrize("shape", [(8, 14, 14), (301,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=float_id)
+def test_sizes(dtype, shape, upstream, eps, training, layout, one_thread):
+    """Channels of all sizes, each judged by itself: results that float32 can hold, where torch's are numbers."""
+    if subject.cuda_kernels:
+        pytest.skip("CUDA kernels square in float32, as torch's do")
+    full = (shape[0], len(SIZES), *shape[1:])
+    mean, spread = (
+        torch.tensor(t, dtype=torch.float64).reshape(1, -1, *[1] * (len(full) - 2)) for t in zip(*SIZES, strict=True)
+    )
+    x = in_layout((torch.randn(full, dtype=torch.float64) * spread + mean).to(dtype), layout)
+    arguments = channel_arguments(len(SIZES), torch.float64 if dtype == torch.float64 else torch.float32)
+    dy = in_layout(((torch.randn(full, dtype=torch.float64) + 0.3) * upstream).to(dtype), layout)
+    arguments["grad_output"] = dy
+    if training:
+        del arguments["running_mean"], arguments["running_var"]
+    else:
+        arguments["running_mean"], arguments["running_var"] = (
+            x.double().mean([i for i in range(x.dim()) if i != 1]).to(arguments["weight"].dtype),
+            torch.ones(len(SIZES), dtype=arguments["weight"].dtype),
+        )
+    ours, theirs = (run(f, x, training=training, eps=eps, **arguments) for f in (subject.batch_norm, F.batch_norm))
+    for c in range(len(SIZES)):
+
+        def part(t, c=c):
+            return t[:, c : c + 1] if t.dim() > 1 else t[c : c + 1]
+
+        parts = {name: part(t) for name, t in arguments.items()}
+        oracle, sizes = exact(part(x), training=training, eps=eps, **parts)
+        for name in OUTPUTS:
+            if ours[name] is None:
+                continue
+            found, expected = part(ours[name]), part(theirs[name])
+            if expected.isfinite().all() and oracle[name].abs().max() < torch.finfo(found.dtype).max:
+                what = f"{name} of channel {c}, mean {SIZES[c][0]:g}, spread {SIZES[c][1]:g}"
+                assert_accurate(what, found, expected, oracle[name], sizes.get(name, 0.0))
+
+
+@by_layout
+@by_dtype
+@pytest.mark.parametrize("shape", [(8, 9, 14, 14), (600, 9)], ids=str)
+@pytest.mark.parametrize("mean", [5, 9, 100])
+def test_means_of_many_deviations(mean, shape, dtype, layout):
+    """With gradients whose sum is 0, so that nothing stands for the rounding of sum(dy * x) - mean * sum(dy)."""
+    x = in_layout((torch.randn(shape, dtype=torch.float64) + mean).to(dtype), layout)
+    half = torch.randn(shape[0] // 2, *shape[1:], dtype=torch.float64).to(dtype)
+    dy = in_layout(torch.cat([half, -half]), layout)
+    weight = torch.ones(9, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    check(x, weight=weight, bias=weight - 1, grad_output=dy)
 
 
 HARD = {"mean 1e6 spread 1": (1e6, 1.0), "mean 1e4 spread 1e-2": (1e4, 1e-2), "spread 1e20": (0.0, 1e20)}

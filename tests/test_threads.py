@@ -1,6 +1,5 @@
 """Bits that do not depend on the threads, and threads that are really used."""
 
-import itertools
 import os
 import subprocess
 import sys

@@ -164,11 +164,6 @@ csrc/cpu/statistics.inl test_backward::test_sizes
 - ((squares == 0) & (p.eps >= kTiny))
 + (squares == 0)
 
-float32-cancelling-trusted: float32 sums about a shift that is far off are taken for the statistics
-csrc/cpu/statistics.inl test_forward::test_outlier_first
--  & (4 * m.m2 >= squares);
-+ ;
-
 sums-of-others-dropped: rows of channels that are not to be trusted are summed again in vain
 csrc/cpu/statistics.inl test_forward::test_hard_numbers
 - if (trusted_ones == C) return moments;

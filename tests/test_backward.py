@@ -12,7 +12,6 @@ from helpers import (
     LARGE,
     OUTPUTS,
     SMALL,
-    assert_accurate,
     bnext_ops,
     by_dtype,
     by_layout,
@@ -174,8 +173,9 @@ def test_tails_of_rows(shapes, dtype, training, one_thread):
 
 
 def check_each_channel(x, training, eps, **arguments):
-    """Each channel by itself, where torch's results are numbers: sums have the size of four random walks."""
-    ours, theirs = (run(f, x, training=training, eps=eps, **arguments) for f in (subject.batch_norm, F.batch_norm))
+    """Each channel by itself to four roundings, whatever torch's are. Sums have the size of four random walks."""
+    with bnext_ops("train" if training else "eval", "backward"):
+        ours = run(subject.batch_norm, x, training=training, eps=eps, **arguments)
     for c in range(x.shape[1]):
 
         def part(t, c=c):
@@ -187,33 +187,35 @@ def check_each_channel(x, training, eps, **arguments):
         normalized, dy = exact(part(x), training=training, eps=eps, **plain)[0]["output"], parts["grad_output"].double()
         for name, terms in (("grad_weight", dy * normalized), ("grad_bias", dy)):
             sizes[name] = max(sizes.get(name, 0.0), 4 * terms.square().sum().sqrt().item())
+        mean, spread = part(x).double().mean().item(), part(x).double().std().item()
+        sizes["grad_input"] *= 1 + (abs(mean) / spread if spread > abs(mean) * 1e-9 else 0)  # the mean is rounded
         for name in OUTPUTS:
             if ours[name] is None or oracle[name].abs().max() > torch.finfo(ours[name].dtype).max:
                 continue
-            if part(theirs[name]).isfinite().all():
-                assert_accurate(
-                    f"{name} of channel {c}", part(ours[name]), part(theirs[name]), oracle[name], sizes.get(name, 0.0)
-                )
+            error = (part(ours[name]).double() - oracle[name]).abs().max().item()
+            limits = torch.finfo(ours[name].dtype)
+            rounding = limits.eps * max(oracle[name].abs().max().item(), sizes.get(name, 0.0), limits.tiny)
+            assert error <= 4 * rounding, f"{name} of channel {c}: error {error:.3g}, rounding {rounding:.3g}"
 
 
 # Mean and spread of a channel. Its squares may be beyond float32, or below.
 SIZES = [
     *[(0, 1), (0, 1e25), (0, 1e-25), (0, 3e37), (0, 1e-33), (0, 1e-20), (0, 3e-15)],
     *[(0, 0), (3, 0), (1e25, 0), (1e-25, 0)],
-    *[(1e6, 1), (1e25, 1e23), (1e-25, 1e-27), (100, 1), (1e38, 1e36)],
+    *[(100, 1), (1e25, 1e23), (1e-25, 1e-27), (1e38, 1e36)],
 ]
 
 
+@pytest.mark.bnext("torch's own sums of float32 numbers overflow")
+@pytest.mark.only("cpu", "CUDA kernels square in float32, as torch's do")
 @by_layout
 @by_mode
 @pytest.mark.parametrize("eps", [1e-5, 1e-60])
-@pytest.mark.parametrize("upstream", [1.0, 1e25, 1e-25])
+@pytest.mark.parametrize("upstream", [1.0, 1e25, 1e-10])
 @pytest.mark.parametrize("shape", [(8, 14, 14), (301,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=float_id)
 def test_sizes(dtype, shape, upstream, eps, training, layout, one_thread):
-    """Channels of all sizes, each judged by itself: results that float32 can hold, where torch's are numbers."""
-    if subject.cuda_kernels:
-        pytest.skip("CUDA kernels square in float32, as torch's do")
+    """Channels of all sizes, wherever float32 can hold the result; torch's overflow, or underflow, in some."""
     full = (shape[0], len(SIZES), *shape[1:])
     mean, spread = (
         torch.tensor(t, dtype=torch.float64).reshape(1, -1, *[1] * (len(full) - 2)) for t in zip(*SIZES, strict=True)
@@ -232,6 +234,7 @@ def test_sizes(dtype, shape, upstream, eps, training, layout, one_thread):
     check_each_channel(x, training=training, eps=eps, **arguments)
 
 
+@pytest.mark.only("cpu", "CUDA kernels have statistics in float32")
 @by_layout
 @by_dtype
 @pytest.mark.parametrize("shape", [(8, 9, 14, 14), (600, 9)], ids=str)

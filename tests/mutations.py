@@ -344,7 +344,7 @@ csrc/cpu/pairs.inl@avx512bf16 test_forward::test_affine
 order-of-the-unit: the order of sums depends on the instruction set
 csrc/cpu/reduce.inl test_isa::test_every_unit_gives_the_same_bits
 - ? 8 : 4;
-+ ? 8 : BNEXT_VECTOR_BYTES / 16;
++ ? 8 : BNEXT_VECTOR_BYTES / 8;
 
 tail-channels-unwritten: channels past the last whole vector of a row are not written
 csrc/cpu/common.inl test_forward::test_affine

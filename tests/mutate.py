@@ -53,6 +53,8 @@ class Copy:
 
     def has_units_for(self, mutation: Mutation) -> bool:
         """Whether this machine can run what is to notice the mutation."""
+        if mutation.unit is not None:
+            return self.isa == mutation.unit
         return not mutation.compares_units or self.isa != "scalar"
 
     def check(self, mutations: list[Mutation]) -> None:
@@ -144,7 +146,7 @@ def main() -> int:
             copy.check(mutations)
             for m in mutations:
                 if not copy.has_units_for(m):
-                    line(m.name, m.file, m.what, "       ", "not tried: only one instruction set here")
+                    line(m.name, m.file, m.what, "       ", "not tried: this machine lacks the instruction set")
                     continue
                 start = time.monotonic()
                 try:

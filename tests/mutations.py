@@ -1,7 +1,8 @@
 """What the suite must notice: faults to put into bnext's sources, one at a time, and the tests that find them.
 
-A block of the table is one: a name, and what is then wrong; the file, and its tests as test_file::test_function; the
-text that is there, exactly once, behind "- ", and what takes its place behind "+ " (nothing: it goes).
+A block of the table is one: a name, and what is then wrong; the file, behind an "@" the instruction set that it needs,
+if any, and its tests as test_file::test_function; the text that is there, exactly once, behind "- ", and what takes its
+place behind "+ " (nothing: it goes).
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ class Mutation:
     old: str
     new: str
     tests: tuple[str, ...]
+    unit: str | None = None  # the instruction set without which nothing can notice
 
     @property
     def compiled(self) -> bool:
@@ -31,11 +33,13 @@ class Mutation:
 def parse(block: str) -> Mutation:
     head, where, *change = block.splitlines()
     name, what = head.split(": ", 1)
-    file, *tests = where.split()
+    place, *tests = where.split()
+    file, _, unit = place.partition("@")
     old, new = ("\n".join(line[2:] for line in change if line[0] == sign) for sign in "-+")
     if not tests or not old or any(line[:2] not in ("- ", "+ ") for line in change):
         raise ValueError(f"cannot read the mutation {name}")
-    return Mutation(name, what, file, old, new, tuple(f"tests/{test.replace('::', '.py::')}" for test in tests))
+    paths = tuple(f"tests/{test.replace('::', '.py::')}" for test in tests)
+    return Mutation(name, what, file, old, new, paths, unit or None)
 
 
 _TABLE = """
@@ -83,7 +87,7 @@ csrc/math.h test_forward::test_shapes
 
 chan-infinite-means: the difference of infinite means makes NaN of them
 csrc/math.h test_forward::test_nonfinite_channel
-- std::isfinite(delta) ?
+- delta - delta == 0 ?
 + true ?
 
 grad-weight-without-invstd: grad_weight is of the centred input, not the normalised one
@@ -127,19 +131,53 @@ csrc/half.h test_forward::test_every_half_value
 + magnitude < 0x400u ? small & 0u : normal));
 
 shift-zero-planar: one-pass variance without a shift, channels first
-csrc/cpu/forward.inl test_forward::test_hard_numbers
-- shift[c - begin] = heads[c - begin].total(0) / static_cast<double>(head.count());
-+ shift[c - begin] = 0;
+csrc/cpu/statistics.inl test_forward::test_hard_numbers
+- shift[i] = static_cast<A>(shift_of(heads[i].total(0), heads[i].total(1), static_cast<double>(head.count())));
++ shift[i] = 0;
 
 shift-zero-channels-last: one-pass variance without a shift, channels last
-csrc/cpu/forward.inl test_forward::test_hard_numbers
-- shift[c] = sums[c] / static_cast<double>(head.count());
+csrc/cpu/statistics.inl test_forward::test_hard_numbers
+- shift[c] = static_cast<A>(shift_of(sums[c], sums[row.width() + c], static_cast<double>(head)));
 + shift[c] = 0;
 
-overflow-not-noticed: sums that are not finite are taken for the statistics
-csrc/cpu/forward.inl test_forward::test_nonfinite_channel
-- if (!std::isfinite(squares)) return
-+ if (false) return
+shift-not-repeated: only the first of the rows taken together have their shift
+csrc/cpu/statistics.inl test_forward::test_hard_numbers
+- repeat(shift.get(), row);
+
+overflow-not-noticed: sums in double that are not finite are taken for the statistics
+csrc/cpu/statistics.inl test_forward::test_squares_beyond_double
+- return finite;
++ return true;
+
+float32-overflow-trusted: sums of squares beyond float32 are taken for the statistics
+csrc/cpu/statistics.inl test_forward::test_hard_numbers
+- return finite & ((squares >= kTiny * count) | ((squares == 0) & (p.eps >= kTiny))) & (4 * m.m2 >= squares);
++ return ((squares >= kTiny * count) | ((squares == 0) & (p.eps >= kTiny))) & (4 * m.m2 >= squares);
+
+float32-underflow-trusted: sums of squares below float32 are taken for the statistics
+csrc/cpu/statistics.inl test_backward::test_sizes
+- return finite & ((squares >= kTiny * count) | ((squares == 0) & (p.eps >= kTiny))) & (4 * m.m2 >= squares);
++ return finite & (4 * m.m2 >= squares);
+
+float32-no-squares-trusted: that squares are all 0 in float32 is taken for a variance of 0 beside a tiny eps
+csrc/cpu/statistics.inl test_backward::test_sizes
+- ((squares == 0) & (p.eps >= kTiny))
++ (squares == 0)
+
+sums-of-others-dropped: rows of channels that are not to be trusted are summed again in vain
+csrc/cpu/statistics.inl test_forward::test_hard_numbers
+- if (trusted_ones == C) return moments;
++ if (trusted_ones <= C) return moments;
+
+instructions-trusted: what bfloat16's instructions sum is always taken for the statistics
+csrc/cpu/statistics.inl@avx512bf16 test_backward::test_sizes
+- return zero | (finite & (squares >= kTiny * count) & (0x1p20 * m.m2 >= squares));
++ return true;
+
+instructions-trusted-to-cancel: the same where they cancel
+csrc/cpu/statistics.inl@avx512bf16 test_forward::test_a_constant_has_no_variance
+-  & (0x1p20 * m.m2 >= squares));
++ );
 
 mean-rounded-to-half: the batch's mean is rounded to the input's dtype
 csrc/cpu/forward.inl test_forward::test_hard_numbers_of_half_types
@@ -169,8 +207,8 @@ csrc/cpu/forward.inl test_running_stats::test_eval_touches_nothing
 
 half-weight-ignored: weights of a half dtype count as 1
 csrc/cpu/forward.inl test_forward::test_affine
-- factor(1) = p.weight ?
-+ factor(1) = p.weight && itemsize(p.param_dtype) > 2 ?
+- const A scale = p.weight ?
++ const A scale = p.weight && itemsize(p.param_dtype) > 2 ?
 
 grad-bias-zero: grad_bias is 0
 csrc/cpu/backward.inl test_backward::test_affine
@@ -192,6 +230,36 @@ csrc/cpu/backward.inl test_grid::test_cells
 - sum_dy += partial[0];
 + sum_dy += to_float(from_float<T>(partial[0]));
 
+products-overflow-trusted: sums of products beyond float32 are taken for the gradients
+csrc/cpu/backward.inl test_backward::test_sizes
+- (size <= std::numeric_limits<double>::max() && (size >= kTiny * count || size == 0));
++ (size >= kTiny * count || size == 0);
+
+products-underflow-trusted: sums of products below float32 are taken for the gradients
+csrc/cpu/backward.inl test_backward::test_sizes
+- (size <= std::numeric_limits<double>::max() && (size >= kTiny * count || size == 0));
++ size <= std::numeric_limits<double>::max();
+
+sum-of-another-dropped: the sums of a plane that is not to be trusted are made again in vain
+csrc/cpu/backward.inl test_backward::test_sizes
+- sums[t][c - begin] = others[t][0];
++ sums[t][c - begin] += 0 * others[t][0];
+
+products-cancelling-trusted: sum(dy * x) - mean * sum(dy) is taken for the gradient wherever the mean lies
+csrc/cpu/backward.inl@avx512bf16 test_backward::test_means_of_many_deviations
+- std::abs(normalized) <= 8 &&
++ std::abs(normalized) >= 0 &&
+
+products-not-centred: of bfloat16, sum(dy * x) is taken for sum(dy * (x - mean)), channels first
+csrc/cpu/backward.inl@avx512bf16 test_backward::test_affine
+- runs[i].total(1) - static_cast<const float*>(p.mean)[begin + i] * sums[0][i];
++ runs[i].total(1);
+
+products-not-centred-channels-last: the same, channels last
+csrc/cpu/backward.inl@avx512bf16 test_backward::test_affine
+- sums[row.width() + c] -= static_cast<const float*>(p.mean)[c] * sums[c];
++ continue;
+
 eval-backward-as-training: the backward of evaluation goes through the statistics
 csrc/cpu/backward.inl test_backward::test_affine
 - if (p.training) {
@@ -199,30 +267,146 @@ csrc/cpu/backward.inl test_backward::test_affine
 
 tail-elements-dropped: elements past the last whole vector of a plane are not summed
 csrc/cpu/reduce.inl test_forward::test_affine
-- for (int slot = 0; i < count; ++i, ++slot) {
-+ for (int slot = 0; i < 0; ++i, ++slot) {
+- const int64_t last = count % kSlots;
++ const int64_t last = 0;
+
+tail-vectors-dropped: whole vectors past the last four of a plane are not summed
+csrc/cpu/reduce.inl test_forward::test_affine
+- switch ((count - i) / kSlots) {
++ switch (0) {
+
+last-lanes-off-by-one: the last elements of a plane are one too few
+csrc/cpu/reduce.inl test_forward::test_affine
+- kTable + count + first
++ kTable + count - 1 + first
+
+small-planes-dropped: planes smaller than a vector lack their last element
+csrc/cpu/reduce.inl test_backward::test_tails_of_planes
+- for (int64_t i = 0; i < count; ++i) {
++ for (int64_t i = 0; i < count - 1; ++i) {
 
 tail-channels-dropped: channels past the last whole vector of a row are not summed
 csrc/cpu/reduce.inl test_forward::test_affine
--     for (; c < size; ++c)
--       unrolled<rows>
-+     for (; c < 0; ++c)
-+       unrolled<rows>
+- for (; c < size; ++c) {
++ for (; c < 0; ++c) {
 
-tail-rows-dropped: rows past the last four side by side are not summed
+single-vectors-dropped: vectors of channels past the last few side by side are not summed
 csrc/cpu/reduce.inl test_forward::test_affine
-- for (; r < end; ++r)
-+ for (; r < 0; ++r)
+- add_columns<1, false>(rows, c, asked, f, channel + c, p...);
++ (void)asked;
+
+tail-rows-dropped: rows past the last that are summed together are not summed
+csrc/cpu/reduce.inl test_forward::test_affine
+- for (; row < rows; ++row, first += width)
++ for (; row < 0; ++row, first += width)
+
+short-row-dropped: the last row, if it is short, is not summed
+csrc/cpu/reduce.inl test_forward::test_affine
+- if (const int64_t rest = elements % width_)
++ if (const int64_t rest = 0)
+
+tiles-overlap: a tile of rows has the first row of the next one too
+csrc/cpu/reduce.inl test_forward::test_shapes
+- add_tile(std::min(tile, rows - row), width_
++ add_tile(std::min(tile + 1, rows - row), width_
+
+pairs-tail-masked: of the last elements of a plane or row, the last is not summed
+csrc/cpu/pairs.inl@avx512bf16 test_forward::test_affine
+- (__mmask32(1) << count) - 1
++ (__mmask32(1) << (count - 1)) - 1
+
+pairs-end-kept: what a plane's end adds to short sums never comes to the total
+csrc/cpu/pairs.inl@avx512bf16 test_forward::test_affine
+-     release();
+-     const Vec<double, 8> both
++     const Vec<double, 8> both
+
+pairs-odd-row-dropped: a last row without another is not summed
+csrc/cpu/pairs.inl@avx512bf16 test_backward::test_tails_of_rows
+- for (int64_t r = row; r < rows; r += 2)
++ for (int64_t r = row; r + 1 < rows; r += 2)
+
+pairs-row-twice: a last row without another is taken with what follows it
+csrc/cpu/pairs.inl@avx512bf16 test_backward::test_tails_of_rows
+- add_two(r, r + 1 < rows);
++ add_two(r, true);
+
+pairs-short-row-dropped: the last row, if it is short, is not summed
+csrc/cpu/pairs.inl@avx512bf16 test_forward::test_affine
+- for (int64_t c = 0; c < elements - done; c += kInRegister)
++ for (int64_t c = 0; c < 0; c += kInRegister)
+
+pairs-columns-mixed: the sums of some channels are written as those of others
+csrc/cpu/pairs.inl@avx512bf16 test_forward::test_affine
+- half = i / 4 % 2, lane = i / 8 * 4 + i % 4;
++ half = i / 16, lane = i % 16;
 
 order-of-the-unit: the order of sums depends on the instruction set
 csrc/cpu/reduce.inl test_isa::test_every_unit_gives_the_same_bits
-- kSlots = 8,
-+ kSlots = 2 * BNEXT_SUM_LANES,
+- ? 8 : 4;
++ ? 8 : BNEXT_VECTOR_BYTES / 8;
 
 tail-channels-unwritten: channels past the last whole vector of a row are not written
 csrc/cpu/common.inl test_forward::test_affine
-- for (; c < C; ++c)
+- for (; c < width; ++c)
 + for (; c < 0; ++c)
+
+fold-dropped: of rows taken together only the first of each are summed
+csrc/cpu/common.inl test_forward::test_affine
+- for (int64_t r = 1; r < row.repeats; ++r)
++ for (int64_t r = 1; r < 1; ++r)
+
+factors-not-repeated: of rows taken together only the first of each have the channels' factors
+csrc/cpu/common.inl test_forward::test_affine
+- for (int64_t r = 0; r < repeats; ++r)
++ for (int64_t r = 0; r < 1; ++r)
+
+rows-past-four-unwritten: rows past the last four side by side are not written
+csrc/cpu/common.inl test_forward::test_affine
+- for (; i + width <= end; i += width) map_rows
++ for (; i + width <= end; i += width) if (i < 0) map_rows
+
+short-row-unwritten: the last row, if it is short, is not written
+csrc/cpu/common.inl test_forward::test_affine
+- if (i < end) map_rows
++ if (i < 0) map_rows
+
+end-of-plane-unwritten: elements past the last whole vector of a plane are not written
+csrc/cpu/common.inl test_forward::test_affine
+- write(std::false_type{}, size - kCount);
+
+end-of-small-plane-unwritten: the same of a plane that is smaller than what is otherwise taken at once
+csrc/cpu/common.inl@avx512bf16 test_backward::test_tails_of_planes
+- {int64_t(0), size - kLanes}
++ {int64_t(0)}
+
+streamed-head-unwritten: what lies before the first whole line of a plane is not written where others are streamed
+csrc/cpu/common.inl test_isa::test_neither_writing_past_the_caches_nor_their_size_is_seen_in_a_bit
+- map_run<false, factor_count>(factors, c, head, ahead, f, out, in...);
+
+streamed-tail-unwritten: what lies behind the last whole line of a plane is not written where others are streamed
+csrc/cpu/common.inl test_isa::test_neither_writing_past_the_caches_nor_their_size_is_seen_in_a_bit
+- map_run<false, factor_count>(factors, c, size - done, ahead, f, out + done, in + done...);
+
+streamed-between-lines: rows are streamed wherever they begin
+csrc/cpu/common.inl test_isa::test_neither_writing_past_the_caches_nor_their_size_is_seen_in_a_bit
+- * sizeof(T)) % kLine == 0;
++ * sizeof(T)) % kLine < kLine;
+
+denormals-flushed: bfloat16's instructions write denormals, which they take for zeros
+csrc/cpu/vec.h@avx512bf16 test_forward::test_every_half_value
+- if (__builtin_expect(_mm512_fpclass_ps_mask(v[0], kDenormal) | _mm512_fpclass_ps_mask(v[1], kDenormal), 0)) {
++ if (__builtin_expect(_mm512_fpclass_ps_mask(v[0], kDenormal) & 0, 0)) {
+
+denormals-flushed-at-even-places: denormals are looked for at odd places alone
+csrc/cpu/vec.h@avx512bf16 test_forward::test_a_denormal_among_others
+- _mm512_fpclass_ps_mask(v[0], kDenormal) | _mm512_fpclass_ps_mask(v[1], kDenormal)
++ _mm512_fpclass_ps_mask(v[1], kDenormal)
+
+denormals-flushed-at-odd-places: denormals are looked for at even places alone
+csrc/cpu/vec.h@avx512bf16 test_forward::test_a_denormal_among_others
+- _mm512_fpclass_ps_mask(v[0], kDenormal) | _mm512_fpclass_ps_mask(v[1], kDenormal)
++ _mm512_fpclass_ps_mask(v[0], kDenormal)
 
 planes-cut-short: a last block of a plane that is not whole is left out
 csrc/cpu/tiling.cpp test_backward::test_requires_grad

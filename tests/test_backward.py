@@ -19,6 +19,8 @@ from helpers import (
     by_wide_dtype,
     channel_arguments,
     check,
+    exact,
+    float_id,
     in_layout,
     layers,
     nonfinite_alike,
@@ -147,6 +149,107 @@ def test_sum_backward(layout, training):
         grads.append((leaf.grad, layer.weight.grad, layer.bias.grad))
     for mine, reference in zip(*grads, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-4)
+
+
+@by_mode
+@by_dtype
+def test_tails_of_planes(dtype, training, one_thread):
+    for size in range(1, 71):
+        x, arguments = problem((3, 5, size), dtype)
+        check(x, training=training, **arguments)
+
+
+ROWS = [(rows, channels) for channels in range(1, 71) for rows in (5, 107)]
+LONG_ROWS = [(rows, channels) for channels in (272, 816, *range(4095, 4100)) for rows in (3, 37)]
+
+
+@by_mode
+@by_dtype
+@pytest.mark.parametrize("shapes", [ROWS, LONG_ROWS], ids=["few channels", "many channels"])
+def test_tails_of_rows(shapes, dtype, training, one_thread):
+    for shape in shapes:
+        x, arguments = problem(shape, dtype)
+        check(x, training=training, **arguments)
+
+
+def check_each_channel(x, training, eps, **arguments):
+    """Each channel by itself to four roundings, whatever torch's are. Sums have the size of four random walks."""
+    with bnext_ops("train" if training else "eval", "backward"):
+        ours = run(subject.batch_norm, x, training=training, eps=eps, **arguments)
+    for c in range(x.shape[1]):
+
+        def part(t, c=c):
+            return t[:, c : c + 1] if t.dim() > 1 else t[c : c + 1]
+
+        parts = {name: part(t) for name, t in arguments.items()}
+        oracle, sizes = exact(part(x), training=training, eps=eps, **parts)
+        plain = {name: t for name, t in parts.items() if name.startswith("running")}
+        normalized, dy = exact(part(x), training=training, eps=eps, **plain)[0]["output"], parts["grad_output"].double()
+        for name, terms in (("grad_weight", dy * normalized), ("grad_bias", dy)):
+            sizes[name] = max(sizes.get(name, 0.0), 4 * terms.square().sum().sqrt().item())
+        mean, spread = part(x).double().mean().item(), part(x).double().std().item()
+        sizes["grad_input"] *= 1 + (abs(mean) / spread if spread > abs(mean) * 1e-9 else 0)  # the mean is rounded
+        for name in OUTPUTS:
+            if ours[name] is None or oracle[name].abs().max() > torch.finfo(ours[name].dtype).max:
+                continue
+            error = (part(ours[name]).double() - oracle[name]).abs().max().item()
+            limits = torch.finfo(ours[name].dtype)
+            rounding = limits.eps * max(oracle[name].abs().max().item(), sizes.get(name, 0.0), limits.tiny)
+            assert error <= 4 * rounding, f"{name} of channel {c}: error {error:.3g}, rounding {rounding:.3g}"
+
+
+# Mean and spread of a channel. Its squares may be beyond float32, or below.
+SIZES = [
+    *[(0, 1), (0, 1e25), (0, 1e-25), (0, 3e37), (0, 1e-33), (0, 1e-20), (0, 3e-15)],
+    *[(0, 0), (3, 0), (1e25, 0), (1e-25, 0)],
+    *[(100, 1), (1e25, 1e23), (1e-25, 1e-27), (1e38, 1e36)],
+]
+
+
+@pytest.mark.bnext("torch's own sums of float32 numbers overflow")
+@pytest.mark.only("cpu", "CUDA kernels square in float32, as torch's do")
+@by_layout
+@by_mode
+@pytest.mark.parametrize("eps", [1e-5, 1e-60])
+@pytest.mark.parametrize("upstream", [1.0, 1e25, 1e-10])
+@pytest.mark.parametrize("shape", [(8, 14, 14), (301,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=float_id)
+def test_sizes(dtype, shape, upstream, eps, training, layout, one_thread):
+    """Channels of all sizes, wherever float32 can hold the result; torch's overflow, or underflow, in some."""
+    full = (shape[0], len(SIZES), *shape[1:])
+    mean, spread = (
+        torch.tensor(t, dtype=torch.float64).reshape(1, -1, *[1] * (len(full) - 2)) for t in zip(*SIZES, strict=True)
+    )
+    x = in_layout((torch.randn(full, dtype=torch.float64) * spread + mean).to(dtype), layout)
+    arguments = channel_arguments(len(SIZES), torch.float64 if dtype == torch.float64 else torch.float32)
+    dy = torch.randn(full, dtype=torch.float64) + 0.3
+    if len(shape) == 1:
+        dy = dy.abs() * (x.double() - mean).sign()  # the products' sum overflows to infinity, not to NaN
+    dy = in_layout((dy * upstream).to(dtype), layout)
+    arguments["grad_output"] = dy
+    if training:
+        del arguments["running_mean"], arguments["running_var"]
+    else:
+        arguments["running_mean"], arguments["running_var"] = (
+            x.double().mean([i for i in range(x.dim()) if i != 1]).to(arguments["weight"].dtype),
+            torch.ones(len(SIZES), dtype=arguments["weight"].dtype),
+        )
+    check_each_channel(x, training=training, eps=eps, **arguments)
+
+
+@pytest.mark.only("cpu", "CUDA kernels have statistics in float32")
+@by_layout
+@by_dtype
+@pytest.mark.parametrize("shape", [(8, 9, 14, 14), (600, 9)], ids=str)
+@pytest.mark.parametrize("mean", [2, 9, 100])
+def test_means_of_many_deviations(mean, shape, dtype, layout):
+    """With gradients of all sizes whose sum is 0, where sum(dy * x) - mean * sum(dy) would lose many digits."""
+    x = in_layout((torch.randn(shape, dtype=torch.float64) + mean).to(dtype), layout)
+    half = torch.randn(2, shape[0] // 2, *shape[1:], dtype=torch.float64)
+    half = (half[0] * (2 * half[1]).exp()).to(dtype)
+    dy = in_layout(torch.cat([half, -half]), layout)
+    weight = torch.ones(9, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    check_each_channel(x, training=True, eps=1e-5, weight=weight, bias=weight - 1, grad_output=dy)
 
 
 HARD = {"mean 1e6 spread 1": (1e6, 1.0), "mean 1e4 spread 1e-2": (1e4, 1e-2), "spread 1e20": (0.0, 1e20)}

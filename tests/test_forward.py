@@ -144,7 +144,11 @@ def test_denormals(shape, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=float_id)
-@pytest.mark.parametrize("shape", [(64, 4, 256), (2**15, 2)], ids=["vectors", "one by one"])
+@pytest.mark.parametrize(
+    "shape",
+    [(64, 4, 256), (2**10, 4, 16), (2**12, 4, 4), (2**15, 2), (2**14, 4, 1, 1)],
+    ids=["vectors", "a vector", "one by one", "few channels", "planes of one"],
+)
 @pytest.mark.parametrize("weight", [1.0, 1.5, 2.0**-6], ids=["exact", "ties", "denormals"])
 def test_every_half_value(weight, shape, dtype):
     """Read exactly and rounded to nearest, ties to even: with a mean of 0 and a variance of 1 nothing else is left."""
@@ -153,6 +157,42 @@ def test_every_half_value(weight, shape, dtype):
     y = subject.batch_norm(x, zero, one, one * weight, training=False, eps=0.0)
     expected = (x.float() * weight).to(dtype)
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@by_layout
+@by_dtype
+def test_a_denormal_among_others(dtype, layout):
+    """At each place of 32, in planes and in rows: it alone, with a mean of 0 and a variance of 1, is kept as it is."""
+    x = torch.ones(32, 32, 32, dtype=dtype)
+    place = torch.arange(32)
+    x[place, place, place] = (torch.finfo(dtype).smallest_normal / 4 * (1 - 2 * (place % 2)).double()).to(dtype)
+    x = in_layout(x.reshape(32, 32, 4, 8), layout).requires_grad_()
+    buffers = torch.zeros(32, dtype=torch.float64).to(dtype), torch.ones(32, dtype=dtype)
+    y = subject.batch_norm(x, *buffers, training=False, eps=0.0)
+    assert torch.equal(y, x)
+    y.backward(x.detach())
+    assert torch.equal(x.grad, x)
+
+
+@by_dtype
+@by_layout
+@pytest.mark.parametrize("shape", [(8, 5, 14, 14), (2, 5, 70, 70), (301, 5)], ids=str)
+@pytest.mark.bnext("torch's own are off by roundings")
+def test_a_constant_has_no_variance(shape, layout, dtype):
+    constants = torch.tensor([3.0, -0.1, 1e4, 0.0, 2e-4 if dtype == torch.float16 else 1e25], dtype=dtype)
+    x = in_layout(constants.reshape(1, -1, *[1] * (len(shape) - 2)).expand(shape), layout)
+    buffers = {"running_mean": torch.zeros(5, dtype=dtype), "running_var": torch.ones(5, dtype=dtype)}
+    ours = run(subject.batch_norm, x, momentum=1.0, **buffers)
+    assert torch.equal(ours["running_mean"], constants)
+    assert (ours["running_var"] <= (constants * torch.finfo(dtype).eps).square()).all()
+    assert (ours["running_var"] == 0).all() or dtype == torch.float64
+    assert (ours["output"] == 0).all()
+
+
+@by_layout
+def test_squares_beyond_double(layout):
+    x = in_layout(torch.randn(8, 9, 14, 14, dtype=torch.float64) * 1e140 + 1e200, layout)
+    check(x, weight=torch.rand(9, dtype=torch.float64))
 
 
 @by_dtype

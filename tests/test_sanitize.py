@@ -30,13 +30,13 @@ FAULTS = {
     "AddressSanitizer: heap-buffer-overflow": """
 write-past-the-end: the elementwise pass writes an element too many
 csrc/cpu/common.inl test_forward::test_affine
-- out[i] = from_float<T>(f(factor, to_float(in[i])...));
-+ out[i] = out[i + 1] = from_float<T>(f(factor, to_float(in[i])...));
+- out[i] = from_float<T>(f(factor, static_cast<A>(to_float(in[i]))...));
++ out[i] = out[i + 1] = from_float<T>(f(factor, static_cast<A>(to_float(in[i]))...));
 
-read-past-the-end: the last sum of a run takes whole vectors
+read-past-the-end: the last sum of a run takes four whole vectors
 csrc/cpu/reduce.inl test_forward::test_affine
-- for (; i + kSlots <= count; i += kSlots) step(i);
-+ for (; i < count; i += kSlots) step(i);
+- for (; i + 4 * kSlots <= count; i += 4 * kSlots)
++ for (; i < count; i += 4 * kSlots)
 """,
     "runtime error: signed integer overflow": """
 count-in-32-bits: the number of values goes through a product of 32 bits
@@ -47,13 +47,13 @@ csrc/cpu/backward.inl test_backward::test_shapes
     "runtime error: store to misaligned address": """
 store-of-a-vector: a vector is stored as if its place were aligned
 csrc/cpu/vec.h test_forward::test_affine
-- std::memcpy(p, &v, sizeof(v));
-+ *reinterpret_cast<V*>(p) = v;
+- std::memcpy(p, &elements, sizeof(elements));
++ *reinterpret_cast<decltype(elements)*>(p) = elements;
 """,
     "ThreadSanitizer: data race": """
 one-partial-for-all: the chunks of rows have one partial result together
 csrc/cpu/forward.inl threads
-- double* partial = scratch.partials + 3 * k * C;
+- double* partial = scratch.partials + 3 * k * p.C;
 + double* partial = scratch.partials + 0 * k;
 
 pieces-overlap: two threads write the element between their pieces of a plane, and the same into it
@@ -63,9 +63,9 @@ csrc/cpu/dispatch.cpp threads
 
 scratch-kept: calls share their scratch
 csrc/cpu/dispatch.cpp threads
-- std::vector<double> partials(reduces ? 3 * tiling.chunks * p.C : 0), factors(4 * (p.C + 16));
+- std::vector<double> partials(reduces ? 3 * tiling.chunks * p.C : 0), factors(4 * (Row(p.C).width() + 32));
 + static std::vector<double> partials, factors;
-+ partials.resize(3 * tiling.chunks * p.C), factors.resize(4 * (p.C + 16));
++ partials.resize(3 * tiling.chunks * p.C), factors.resize(4 * (Row(p.C).width() + 32));
 """,
 }
 MUTATIONS = [(parse(block), report) for report, blocks in FAULTS.items() for block in blocks.strip().split("\n\n")]

@@ -122,10 +122,7 @@ class PairRowSums {
   static constexpr int64_t kTileBytes = 64 * 1024;
 
  public:
-  explicit PairRowSums(int64_t width)
-      : width_(width),
-        sums_(new Vec<double, 8>[(width + kInRegister - 1) / kInRegister * 8]()),
-        seen_(new Seen[(width + kInRegister - 1) / kInRegister]) {}
+  explicit PairRowSums(int64_t width) : width_(width), columns_(new Columns[(width + kInRegister - 1) / kInRegister]) {}
 
   void add(int64_t elements, const BFloat16* a, const BFloat16* b) {
     const int64_t rows = elements / width_, row_bytes = width_ * (a == b ? 2 : 4);
@@ -150,7 +147,7 @@ class PairRowSums {
   template <class F>
   void each_lost(F f) const {
     for (int64_t begin = 0; begin < width_; begin += kInRegister) {
-      const Seen& seen = seen_[begin / kInRegister];
+      const Seen& seen = columns_[begin / kInRegister].seen;
       const __mmask32 in_a = Seen::some(seen.a), in_b = Seen::some(seen.b);
       for (int64_t c = begin; c < std::min(begin + kInRegister, width_); ++c) {
         const int i = static_cast<int>(c - begin);
@@ -160,12 +157,17 @@ class PairRowSums {
   }
 
  private:
+  struct Columns {                      // of a register
+    Vec<double, 8> sums[2][2][2] = {};  // [term, half of the columns, half of the lanes]
+    Seen seen;
+  };
+
   // Columns c to c + size, at most a register of them, of some rows.
   template <bool ahead>
   void add_columns(int64_t rows, int64_t c, int64_t size, const BFloat16* a, const BFloat16* b, const BFloat16* next_a,
                    const BFloat16* next_b) {
-    Vec<double, 8>* const sums = &sums_[c / kInRegister * 8];
-    Seen seen = seen_[c / kInRegister];
+    Columns& columns = columns_[c / kInRegister];
+    Seen seen = columns.seen;
     for (int64_t row = 0; row < rows; row += kShort) {
       Vec<float, 16> some[2][2] = {};  // of each half both terms
       const auto add_two = [&](int64_t r, bool both) {
@@ -187,20 +189,19 @@ class PairRowSums {
         for (int64_t r = row; r < rows; r += 2) add_two(r, r + 1 < rows);
       }
       for (int t = 0; t < 2; ++t)
-        for (int half = 0; half < 2; ++half) add_in_double(sums + 4 * t + 2 * half, some[half][t]);
+        for (int half = 0; half < 2; ++half) add_in_double(columns.sums[t][half], some[half][t]);
     }
-    seen_[c / kInRegister] = seen;
+    columns.seen = seen;
   }
 
   // The sum for a column. Columns 0 to 3 of each eight are in the first, 4 to 7 in the second of two registers.
   double sum(int t, int64_t column) const {
     const int64_t i = column % kInRegister, half = i / 4 % 2, lane = i / 8 * 4 + i % 4;
-    return sums_[column / kInRegister * 8 + t * 4 + half * 2 + lane / 8][lane % 8];
+    return columns_[column / kInRegister].sums[t][half][lane / 8][lane % 8];
   }
 
   int64_t width_;
-  std::unique_ptr<Vec<double, 8>[]> sums_;  // [column / 32, term, half of the columns, half of the lanes]
-  std::unique_ptr<Seen[]> seen_;            // [column / 32]
+  std::unique_ptr<Columns[]> columns_;
 };
 
 }  // namespace

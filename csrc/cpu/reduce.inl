@@ -40,9 +40,9 @@ class RunSums {
   void add(int64_t count, int64_t ahead, F f, const P*... p) {
     if (count < kSlots) {
       for (int64_t i = 0; i < count; ++i) {
-        A one[2] = {};
-        math::add(one, f(static_cast<A>(to_float(p[i]))...));
-        for (int t = 0; t < 2; ++t) sums_[t][i] += static_cast<double>(one[t]);
+        double one[2] = {};
+        math::add(one, f(static_cast<double>(to_float(p[i]))...));
+        for (int t = 0; t < 2; ++t) sums_[t][i] += one[t];
       }
       return;
     }

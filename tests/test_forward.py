@@ -143,6 +143,22 @@ def test_denormals(shape, dtype, layout):
     assert (ours["output"] != 0).any()
 
 
+@by_layout
+@pytest.mark.parametrize("shape", [(8, 9, 14, 14), (300, 9)], ids=str)
+def test_denormals_are_not_lost_in_sums(shape, layout):
+    """AVX512-BF16's dot product takes them for zeros. The first channel is 0, the second tiny, the others normal."""
+    tiny = torch.full(shape, 1e-39, dtype=torch.float64)
+    tiny[:, 0], tiny[:, 2:] = 0, 1
+    buffers = {"running_mean": torch.zeros(9), "running_var": torch.zeros(9)}
+    x = in_layout(tiny.bfloat16(), layout)
+    found = run(subject.batch_norm, x, momentum=1.0, **buffers)["running_mean"]
+    torch.testing.assert_close(found, x.float().transpose(0, 1).flatten(1).mean(1), rtol=1e-6, atol=0)
+    parameters = {"weight": torch.ones(9), "bias": torch.zeros(9)}
+    normal = values(shape, torch.bfloat16, layout)
+    found = run(subject.batch_norm, normal, grad_output=x, **parameters)["grad_bias"]
+    torch.testing.assert_close(found, x.double().transpose(0, 1).flatten(1).sum(1).float(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=float_id)
 @pytest.mark.parametrize(
     "shape",

@@ -112,3 +112,28 @@ def test_compiled_autograd(training):
         y.backward(dy)
     for leaf, grad in zip(leaves, expected, strict=True):
         assert torch.equal(leaf.grad, grad)
+
+
+class NoGradient(torch.autograd.Function):
+    """Whose backward has none to give."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@by_mode
+@pytest.mark.parametrize("route", [CPP, PYTHON, torch.nn.functional.batch_norm], ids=["C++", "Python", "torch"])
+def test_where_no_gradient_comes_in_none_goes_out(route, training):
+    """A parameter without one is not touched by an optimizer, one of zeros is."""
+    a = arguments(("input", "weight", "bias"), ("input", "weight", "bias"))
+    if route is torch.nn.functional.batch_norm:
+        y = route(a[0], a[3], a[4], a[1], a[2], training)
+    else:
+        y = route(*a, training, 0.1, 1e-5)
+    NoGradient.apply(y).sum().backward()
+    assert [t.grad for t in a[:3]] == [None] * 3

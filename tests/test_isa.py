@@ -68,6 +68,13 @@ def test_neither_writing_past_the_caches_nor_their_size_is_seen_in_a_bit():
         assert found[0] == found[1] != ""
 
 
+@pytest.mark.parametrize("size", ["", "0", "-1", "32M"])
+def test_a_size_that_is_none_is_refused(size):
+    script = "import torch, bnext; bnext.batch_norm(torch.ones(2, 3), None, None, training=True)"
+    error = python(script, UNITS[0], check=False, BNEXT_CPU_LLC=size).stderr
+    assert f"BNEXT_CPU_LLC: expected a positive number of bytes, got {size}" in error
+
+
 @pytest.mark.parametrize("name", ["avx1024", "AVX2"])
 def test_an_unknown_name_is_refused(name):
     error = python("import bnext", name, check=False).stderr

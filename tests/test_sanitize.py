@@ -47,8 +47,10 @@ csrc/cpu/backward.inl test_backward::test_shapes
     "runtime error: store to misaligned address": """
 store-of-a-vector: a vector is stored as if its place were aligned
 csrc/cpu/vec.h test_forward::test_affine
-- std::memcpy(p, &elements, sizeof(elements));
-+ *reinterpret_cast<decltype(elements)*>(p) = elements;
+- } else {
+-     std::memcpy(p, &v, sizeof(v));
++ } else {
++     *static_cast<V*>(p) = v;
 """,
     "ThreadSanitizer: data race": """
 one-partial-for-all: the chunks of rows have one partial result together

@@ -52,7 +52,7 @@ struct Products {
     RowSums<A, T>(sums, row.width())
         .add(tiling.chunk_count(k) * p.C, products, mean.get(), static_cast<const T*>(p.grad_output) + begin,
              static_cast<const T*>(p.input) + begin);
-    fold(sums, 2, row);
+    fold(sums, row);
   }
 
   // In float32: no product too large, and not all of them too small.
@@ -90,7 +90,7 @@ struct PairedProducts {
     pairs.add(tiling.chunk_count(k) * p.C, static_cast<const BFloat16*>(p.grad_output) + begin,
               static_cast<const BFloat16*>(p.input) + begin);
     pairs.write(sums);
-    fold(sums, 2, row);
+    fold(sums, row);
     for (int64_t c = 0; c < p.C; ++c) sums[row.width() + c] -= static_cast<const float*>(p.mean)[c] * sums[c];
     pairs.each_lost([&](int64_t column) { sums[row.width() + column % p.C] = kLost; });
   }

@@ -52,9 +52,9 @@ void for_groups(Range channels, Range chunks, F f) {
     for (int64_t c = channels.begin; c < channels.end; c += kGroup) f(c, std::min(c + kGroup, channels.end), k);
 }
 
-// sums[t, c] = the sum over a row's repetitions of channel c (see Row); sums is [terms, row.width()].
-inline void fold(double* sums, int terms, const Row& row) {
-  for (int t = 0; t < terms; ++t)
+// sums[t, c] = the sum over a row's repetitions of channel c (see Row); sums is [2, row.width()].
+inline void fold(double* sums, const Row& row) {
+  for (int t = 0; t < 2; ++t)
     for (int64_t r = 1; r < row.repeats; ++r)
       for (int64_t c = 0; c < row.C; ++c) sums[t * row.width() + c] += sums[t * row.width() + r * row.C + c];
 }
@@ -80,7 +80,6 @@ void put_factors(const Problem& p, const Scratch& scratch, int64_t c, const Comp
       static_cast<Compute<T>*>(scratch.factors)[factor_at<T, factor_count>(j, r * p.C + c)] = factors[j];
 }
 
-constexpr int64_t kLine = 64;      // bytes of a cache line
 constexpr int64_t kAhead = 16384;  // bytes from what is read to what is asked for
 
 // out[i] = f(factors of column c, in[i]...) for i in [0, size). Only whole lines are written past the caches: to mix

@@ -44,7 +44,9 @@ struct Row {
 // step over the whole tensor. Both give the same bits. tensors: how many reduce reads.
 std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int tensors, int threads);
 
-// Bytes: BNEXT_CPU_LLC, or what Linux says.
+constexpr std::int64_t kLine = 64;  // bytes of a cache line
+
+// Bytes: BNEXT_CPU_LLC, or what Linux says. Throws std::invalid_argument if the variable is not a positive number.
 std::int64_t last_level_cache();
 
 // Whether output is better written past the caches: it exceeds an eighth of the last one, which others use too, and

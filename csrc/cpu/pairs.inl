@@ -9,7 +9,7 @@
 #include <limits>
 #include <memory>
 
-#include "vec.h"
+#include "reduce.inl"
 
 namespace bnext::cpu::BNEXT_ISA {
 namespace {
@@ -38,6 +38,11 @@ struct Seen {
   static __mmask32 some(Bits bits) { return _mm512_test_epi16_mask((__m512i)bits, _mm512_set1_epi16(0x7fff)); }
 };
 
+// Whether a sum of products is 0 and should perhaps not be: for denormals in a, or in b.
+inline bool is_lost(double sum, double products, bool in_a, bool in_b) {
+  return products == 0 && in_a && (in_b || sum == 0);
+}
+
 // some[0] += a, some[1] += a * b, each lane two elements.
 inline void add_pairs(Vec<float, 16>* some, __m512i a, __m512i b) {
   const __m512i ones = _mm512_set1_epi16(0x3f80);
@@ -47,7 +52,7 @@ inline void add_pairs(Vec<float, 16>* some, __m512i a, __m512i b) {
 
 // Over runs of consecutive elements; the ends of several go into one short sum.
 class PairRunSums {
-  static constexpr int kShort = 8;  // registers summed in float32
+  static constexpr int kMost = 8;  // registers summed in float32
 
  public:
   // `ahead` elements further on is what will be wanted soon.
@@ -57,13 +62,13 @@ class PairRunSums {
       if (b != a) prefetch<size>(b + i + ahead);
     };
     constexpr std::integral_constant<int, kInRegister> one;
-    constexpr std::integral_constant<int, kShort * kInRegister> many;
+    constexpr std::integral_constant<int, kMost * kInRegister> many;
     Seen seen = seen_;
     int64_t i = 0;
     for (; i + many <= count; i += many) {
       Vec<float, 16> some[2] = {};
       ask(many, i);
-      unrolled<kShort>([&](auto u) {
+      unrolled<kMost>([&](auto u) {
         const int64_t at = i + u * kInRegister;
         const __m512i of_a = _mm512_loadu_si512(a + at), of_b = _mm512_loadu_si512(b + at);
         seen.add(of_a, of_b);
@@ -71,21 +76,19 @@ class PairRunSums {
       });
       for (int t = 0; t < 2; ++t) add_in_double(sums_[t], some[t]);
     }
-    if (i == count) {
-      seen_ = seen;
-      return;
+    if (i < count) {
+      const int registers = static_cast<int>((count - i + one - 1) / one);
+      if (held_ + registers > kMost) release();
+      held_ += registers;
+      Vec<float, 16> some[2] = {some_[0], some_[1]};
+      for (; i < count; i += one) {
+        ask(one, i);
+        const __m512i of_a = load_some(a + i, count - i), of_b = load_some(b + i, count - i);
+        seen.add(of_a, of_b);
+        add_pairs(some, of_a, of_b);
+      }
+      std::memcpy(some_, some, sizeof(some));
     }
-    const int registers = static_cast<int>((count - i + one - 1) / one);
-    if (held_ + registers > kShort) release();
-    held_ += registers;
-    Vec<float, 16> some[2] = {some_[0], some_[1]};
-    for (; i < count; i += one) {
-      ask(one, i);
-      const __m512i of_a = load_some(a + i, count - i), of_b = load_some(b + i, count - i);
-      seen.add(of_a, of_b);
-      add_pairs(some, of_a, of_b);
-    }
-    std::memcpy(some_, some, sizeof(some));
     seen_ = seen;
   }
   double total(int term) {
@@ -95,10 +98,7 @@ class PairRunSums {
     for (int i = 0; i < 8; ++i) total += both[i];
     return total;
   }
-  bool lost() {
-    const bool in_a = Seen::some(seen_.a), in_b = Seen::some(seen_.b);
-    return total(1) == 0 && in_a && (in_b || total(0) == 0);
-  }
+  bool lost() { return is_lost(total(0), total(1), Seen::some(seen_.a), Seen::some(seen_.b)); }
 
  private:
   void release() {
@@ -118,15 +118,14 @@ class PairRunSums {
 // Over rows of `width` elements, one for each column. Two rows are interleaved, so that a lane has two elements of one
 // column. Tiles of rows as in RowSums.
 class PairRowSums {
-  static constexpr int kShort = 16;  // rows summed in float32
-  static constexpr int64_t kTileBytes = 64 * 1024;
+  static constexpr int kMost = 16;  // rows summed in float32
 
  public:
   explicit PairRowSums(int64_t width) : width_(width), columns_(new Columns[(width + kInRegister - 1) / kInRegister]) {}
 
   void add(int64_t elements, const BFloat16* a, const BFloat16* b) {
     const int64_t rows = elements / width_, row_bytes = width_ * (a == b ? 2 : 4);
-    const int64_t tile = std::max<int64_t>(1, kTileBytes / row_bytes / kShort) * kShort;
+    const int64_t tile = std::max<int64_t>(1, kTileBytes / row_bytes / kMost) * kMost;
     for (int64_t row = 0; row < rows; row += tile) {
       int64_t asked = (row + tile) * width_;  // elements, in order of memory
       const int64_t count = std::min(tile, rows - row);
@@ -151,7 +150,7 @@ class PairRowSums {
       const __mmask32 in_a = Seen::some(seen.a), in_b = Seen::some(seen.b);
       for (int64_t c = begin; c < std::min(begin + kInRegister, width_); ++c) {
         const int i = static_cast<int>(c - begin);
-        if (sum(1, c) == 0 && in_a >> i & 1 && (in_b >> i & 1 || sum(0, c) == 0)) f(c);
+        if (is_lost(sum(0, c), sum(1, c), in_a >> i & 1, in_b >> i & 1)) f(c);
       }
     }
   }
@@ -168,7 +167,7 @@ class PairRowSums {
                    const BFloat16* next_b) {
     Columns& columns = columns_[c / kInRegister];
     Seen seen = columns.seen;
-    for (int64_t row = 0; row < rows; row += kShort) {
+    for (int64_t row = 0; row < rows; row += kMost) {
       Vec<float, 16> some[2][2] = {};  // of each half both terms
       const auto add_two = [&](int64_t r, bool both) {
         if (ahead) {
@@ -183,8 +182,8 @@ class PairRowSums {
         add_pairs(some[0], _mm512_unpacklo_epi16(a0, a1), _mm512_unpacklo_epi16(b0, b1));
         add_pairs(some[1], _mm512_unpackhi_epi16(a0, a1), _mm512_unpackhi_epi16(b0, b1));
       };
-      if (row + kShort <= rows) {
-        unrolled<kShort / 2>([&](auto u) { add_two(row + 2 * u, true); });
+      if (row + kMost <= rows) {
+        unrolled<kMost / 2>([&](auto u) { add_two(row + 2 * u, true); });
       } else {
         for (int64_t r = row; r < rows; r += 2) add_two(r, r + 1 < rows);
       }

@@ -14,6 +14,9 @@ using std::int64_t;
 template <class T>
 constexpr int kShort = sizeof(T) == sizeof(std::uint16_t) ? 8 : 4;
 
+// Of the rows whose columns are summed one after the other.
+constexpr int64_t kTileBytes = 64 * 1024;
+
 // `count` ones in the last elements of a vector of A's integers.
 template <class A>
 auto last_lanes(int64_t count, int64_t first) {
@@ -125,7 +128,6 @@ template <class A, class T>
 class RowSums {
   static constexpr int kMost = kShort<T>, kLanes = lanes<A>, kParts = lanes<A> / lanes<double>;
   static constexpr int kColumns = BNEXT_VECTOR_BYTES == 64 ? 4 : 2;  // vectors whose sums are in registers
-  static constexpr int64_t kTileBytes = 64 * 1024;
   using Wide = Vec<double, lanes<double>>;
 
  public:

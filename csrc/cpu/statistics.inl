@@ -120,7 +120,7 @@ struct Shifted {
     std::unique_ptr<double[]> moments(new double[4 * C]);
     const auto shifted = [](auto shift, auto v) { return math::shifted(v, shift); };
     RowSums<A, T>(sums.get(), row.width()).add(head * C, shifted, shift.get(), x);
-    fold(sums.get(), 2, row);
+    fold(sums.get(), row);
     for (int64_t c = 0; c < C; ++c) {
       shift[c] = static_cast<A>(shift_of(sums[c], sums[row.width() + c], static_cast<double>(head)));
       moments[c] = static_cast<double>(shift[c]);
@@ -128,7 +128,7 @@ struct Shifted {
     repeat(shift.get(), row);
     std::fill_n(sums.get(), 2 * row.width(), 0.0);
     RowSums<A, T>(sums.get(), row.width()).add(block.count() * C, shifted, shift.get(), x);
-    fold(sums.get(), 2, row);
+    fold(sums.get(), row);
     put_all_moments(C, moments.get(), sums.get(), row.width(), static_cast<double>(block.count()));
     return moments;
   }
@@ -164,7 +164,7 @@ struct Paired {
     PairRowSums pairs(row.width());
     pairs.add(block.count() * p.C, x, x);
     pairs.write(sums.get());
-    fold(sums.get(), 2, row);
+    fold(sums.get(), row);
     std::unique_ptr<double[]> moments(new double[4 * p.C]());
     put_all_moments(p.C, moments.get(), sums.get(), row.width(), static_cast<double>(block.count()));
     pairs.each_lost([&](int64_t column) { moments[3 * p.C + column % p.C] = kLost; });

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <numeric>
+#include <stdexcept>
 #include <string>
 
 #include "kernels.h"
@@ -25,12 +26,18 @@ std::int64_t second_level_cache() {
   static const std::int64_t bytes = cache_bytes(2, 1024 * 1024);
   return bytes;
 }
+
 }  // namespace
 
 std::int64_t last_level_cache() {
   static const std::int64_t bytes = [] {
     const char* variable = std::getenv("BNEXT_CPU_LLC");
-    return variable ? std::atoll(variable) : cache_bytes(3, 32 * 1024 * 1024);
+    if (!variable) return cache_bytes(3, 32 * 1024 * 1024);
+    char* end = nullptr;
+    const std::int64_t bytes = std::strtoll(variable, &end, 10);
+    if (end == variable || *end || bytes < 1)
+      throw std::invalid_argument("BNEXT_CPU_LLC: expected a positive number of bytes, got " + std::string(variable));
+    return bytes;
   }();
   return bytes;
 }
@@ -87,7 +94,7 @@ std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int te
 }
 
 bool streams(const Problem& p) {
-  constexpr std::int64_t kLine = 64, kLongPlane = 1024;  // bytes, elements
+  constexpr std::int64_t kLongPlane = 1024;
   const bool planar = p.layout == Layout::planar;
   const bool lines = (planar ? p.S : Row(p.C).width()) * itemsize(p.dtype) % kLine == 0;
   const bool large = 8 * p.C * p.count() * itemsize(p.dtype) > last_level_cache();

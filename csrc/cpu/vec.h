@@ -156,21 +156,23 @@ inline void fence() {
 #endif
 }
 
+template <bool streaming, class V>
+inline void write_vector(void* p, V v) {
+  if constexpr (streaming) {
+    write_past_caches(p, v);
+  } else {
+    std::memcpy(p, &v, sizeof(v));
+  }
+}
+
 // Rounds the elements of v to T, to p and the addresses after it.
 template <bool streaming, class T, class V>
 inline void store(T* p, V v) {
-  const auto write = [p](auto elements) {
-    if constexpr (streaming) {
-      write_past_caches(p, elements);
-    } else {
-      std::memcpy(p, &elements, sizeof(elements));
-    }
-  };
   if constexpr (sizeof(T) == sizeof(std::uint16_t)) {
-    write(narrow<T, sizeof(V) / sizeof(float)>(v));
+    write_vector<streaming>(p, narrow<T, sizeof(V) / sizeof(float)>(v));
   } else {
     static_assert(std::is_same_v<T, std::remove_cv_t<std::remove_reference_t<decltype(v[0])>>>);
-    write(v);
+    write_vector<streaming>(p, v);
   }
 }
 
@@ -219,11 +221,7 @@ inline void store_parts(BFloat16* p, const Vec<float, 16> (&v)[2]) {
                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     bits = (Bits)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
   }
-  if constexpr (streaming) {
-    write_past_caches(p, bits);
-  } else {
-    std::memcpy(p, &bits, sizeof(bits));
-  }
+  write_vector<streaming>(p, bits);
 }
 #endif
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from mutations import MUTATIONS, Mutation
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-NEEDED = ("bnext", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
+NEEDED = ("bnext", "csrc", "tests", "setup.py", "pyproject.toml", "README.md", "docs")
 
 
 class Mistake(Exception):

@@ -1,6 +1,5 @@
-"""The package as people meet it: names, the build's switches, README's examples."""
+"""The package as people meet it: names and the build's switches."""
 
-import logging
 import os
 import re
 import subprocess
@@ -15,8 +14,6 @@ import bnext
 pytestmark = pytest.mark.bnext("bnext's package")
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if README.exists() else []
 
 
 def test_public_names():
@@ -26,17 +23,6 @@ def test_public_names():
 
 def test_built_for_this_torch():
     assert bnext.ops.built_for_torch == torch.__version__
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_readme_examples(example, caplog):
-    with caplog.at_level(logging.WARNING, logger="bnext"):
-        exec(example, {})
-    assert not caplog.records
-
-
-def test_readme_has_examples():
-    assert len(EXAMPLES) >= 2
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a checkout")

@@ -11,14 +11,21 @@
 namespace bnext::inline BNEXT_ISA::math {
 
 // a * b + c: on a GPU rounded once, so that forward and backward agree whatever the compiler does around it; on the CPU
-// rounded twice, as every instruction set can.
+// rounded twice, as every instruction set can, but where vec.h says otherwise.
+template <class V>
+struct MultiplyAdd {
+  template <class P, class Q>
+  BNEXT_DEVICE static V of(V a, P b, Q c) {
+    if constexpr (BNEXT_FUSED) {
+      return std::fma(a, b, c);
+    } else {
+      return a * b + c;
+    }
+  }
+};
 template <class V, class P, class Q>
 BNEXT_DEVICE inline V multiply_add(V a, P b, Q c) {
-  if constexpr (BNEXT_FUSED) {
-    return std::fma(a, b, c);
-  } else {
-    return a * b + c;
-  }
+  return MultiplyAdd<V>::of(a, b, c);
 }
 
 // Mean and m2 = sum((x - mean)^2) of some values. The mean is kept in two parts, so that differences of means do not

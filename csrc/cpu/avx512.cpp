@@ -2,6 +2,7 @@
 #ifdef __x86_64__
 #pragma GCC target("f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #define BNEXT_ISA avx512
 #define BNEXT_VECTOR_BYTES 64
 #include "kernels.inl"

@@ -8,7 +8,6 @@
 #include <limits>
 
 #include "common.inl"
-#include "reduce.inl"
 #ifdef BNEXT_BF16
 #include "pairs.inl"
 #endif
@@ -18,27 +17,27 @@ namespace {
 
 constexpr int kBackwardFactors = 4;  // mean, scale, grad_mean, projection
 
+// sum(dy) and sum(dy * (x - mean)).
+struct Sum {
+  double dy, dy_xmu;
+};
+
 // A way of summing has, of chunk k,
-//   planar(p, tiling, k, begin, end, sums): sums[0, i] and sums[1, i], the two sums of channel begin + i;
+//   planar(p, tiling, k, c): the two sums of channel c;
 //   rows(p, tiling, k, sums): the same of all channels, sums being [2, Row(C).width()];
 //   trusted(p, c, sum, count): whether the second sum of channel c can be used.
 
 // Products in A.
 template <class A, class T>
 struct Products {
-  static void planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t begin, int64_t end,
-                     double (*sums)[kGroup]) {
-    const auto* mean = static_cast<const Compute<T>*>(p.mean);
-    const T *grad_output = static_cast<const T*>(p.grad_output), *input = static_cast<const T*>(p.input);
-    RunSums<A, T> runs[kGroup] = {};
-    for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
-      for_runs(p, tiling.block(b), begin, end, [&](int64_t at, int64_t size, int64_t c) {
-        const auto f = [m = static_cast<A>(mean[c])](auto dy, auto x) { return math::products(dy, x, m); };
-        runs[c - begin].add(size, p.C * p.S, f, grad_output + at, input + at);
-      });
-    }
-    for (int t = 0; t < 2; ++t)
-      for (int64_t i = 0; i < end - begin; ++i) sums[t][i] = runs[i].total(t);
+  static Sum planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t c) {
+    const auto f = [mean = static_cast<A>(static_cast<const Compute<T>*>(p.mean)[c])](auto dy, auto x) {
+      return math::products(dy, x, mean);
+    };
+    RunSums<A, T> sums;
+    for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b)
+      sums.add(runs_of(p, tiling.block(b), c), f, static_cast<const T*>(p.grad_output), static_cast<const T*>(p.input));
+    return {sums.total(0), sums.total(1)};
   }
 
   static void rows(const BackwardParams& p, const Tiling& tiling, int64_t k, double* sums) {
@@ -67,20 +66,13 @@ struct Products {
 // Products of bfloat16 numbers themselves; then sum(dy * (x - mean)) = sum(dy * x) - mean * sum(dy), of which little
 // cancels while the mean is a few deviations at most.
 struct PairedProducts {
-  static void planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t begin, int64_t end,
-                     double (*sums)[kGroup]) {
-    const auto *grad_output = static_cast<const BFloat16*>(p.grad_output),
-               *input = static_cast<const BFloat16*>(p.input);
-    PairRunSums runs[kGroup];
+  static Sum planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t c) {
+    PairRunSums sums;
     for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b)
-      for_runs(p, tiling.block(b), begin, end, [&](int64_t at, int64_t size, int64_t c) {
-        runs[c - begin].add(size, p.C * p.S, grad_output + at, input + at);
-      });
-    for (int64_t i = 0; i < end - begin; ++i) {
-      sums[0][i] = runs[i].total(0);
-      sums[1][i] = runs[i].total(1) - static_cast<const float*>(p.mean)[begin + i] * sums[0][i];
-      if (runs[i].lost()) sums[1][i] = kLost;
-    }
+      sums.add(runs_of(p, tiling.block(b), c), static_cast<const BFloat16*>(p.grad_output),
+               static_cast<const BFloat16*>(p.input));
+    if (sums.lost()) return {sums.total(0), kLost};
+    return {sums.total(0), sums.total(1) - static_cast<const float*>(p.mean)[c] * sums.total(0)};
   }
 
   static void rows(const BackwardParams& p, const Tiling& tiling, int64_t k, double* sums) {
@@ -105,17 +97,13 @@ struct PairedProducts {
 // Ways of summing, each for the channels for which the one before it is not to be trusted.
 template <class Way, class... Others>
 struct Sums {
-  static void planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t begin, int64_t end,
-                     double (*sums)[kGroup]) {
-    Way::planar(p, tiling, k, begin, end, sums);
+  static Sum planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t c) {
+    const Sum sum = Way::planar(p, tiling, k, c);
     if constexpr (sizeof...(Others) > 0) {
-      for (int64_t c = begin; c < end; ++c) {
-        if (Way::trusted(p, c, sums[1][c - begin], static_cast<double>(tiling.chunk_count(k)))) continue;
-        double others[2][kGroup];
-        Sums<Others...>::planar(p, tiling, k, c, c + 1, others);
-        for (int t = 0; t < 2; ++t) sums[t][c - begin] = others[t][0];
-      }
+      if (!Way::trusted(p, c, sum.dy_xmu, static_cast<double>(tiling.chunk_count(k))))
+        return Sums<Others...>::planar(p, tiling, k, c);
     }
+    return sum;
   }
 
   static void rows(const BackwardParams& p, const Tiling& tiling, int64_t k, double* sums) {
@@ -156,11 +144,13 @@ void backward_reduce(const BackwardParams& p, const Tiling& tiling, const Scratc
                      Range chunks) {
   using Sums = typename SumsOf<T>::type;
   if (p.layout == Layout::planar) {
-    for_groups(channels, chunks, [&](int64_t begin, int64_t end, int64_t k) {
-      double sums[2][kGroup];
-      Sums::planar(p, tiling, k, begin, end, sums);
-      for (int t = 0; t < 2; ++t) std::copy_n(sums[t], end - begin, scratch.partials + (2 * k + t) * p.C + begin);
-    });
+    for (int64_t k = chunks.begin; k < chunks.end; ++k) {
+      for (int64_t c = channels.begin; c < channels.end; ++c) {
+        const Sum sum = Sums::planar(p, tiling, k, c);
+        scratch.partials[2 * k * p.C + c] = sum.dy;
+        scratch.partials[(2 * k + 1) * p.C + c] = sum.dy_xmu;
+      }
+    }
     return;
   }
   const int64_t width = Row(p.C).width();

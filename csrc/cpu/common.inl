@@ -4,16 +4,13 @@
 #include <algorithm>
 #include <memory>
 
-#include "../math.h"
 #include "kernels.h"
-#include "vec.h"
+#include "reduce.inl"
 
 namespace bnext::cpu::BNEXT_ISA {
 namespace {
 
 using std::int64_t;
-
-constexpr int kGroup = 64;  // channels whose sums are kept at once (planar)
 
 // Below it squares of float32 numbers begin to lose digits.
 constexpr double kTiny = 1e-30;
@@ -37,19 +34,10 @@ void put(double* p, V v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// f(offset, size, c) for the runs of contiguous elements of channels [begin, end) in a block, in order of
-// memory.
-template <class F>
-void for_runs(const Problem& p, const Tiling::Block& block, int64_t begin, int64_t end, F f) {
-  for (int64_t n = block.plane_begin; n < block.plane_end; ++n)
-    for (int64_t c = begin; c < end; ++c) f((n * p.C + c) * p.S + block.begin, block.size(), c);
-}
-
-// f(first channel, last channel, chunk) for the groups of the channels in each of the chunks.
-template <class F>
-void for_groups(Range channels, Range chunks, F f) {
-  for (int64_t k = chunks.begin; k < chunks.end; ++k)
-    for (int64_t c = channels.begin; c < channels.end; c += kGroup) f(c, std::min(c + kGroup, channels.end), k);
+// The runs of contiguous elements that channel c has in a block.
+inline Runs runs_of(const Problem& p, const Tiling::Block& block, int64_t c) {
+  return {block.plane_end - block.plane_begin, block.size(), p.C * p.S,
+          (block.plane_begin * p.C + c) * p.S + block.begin};
 }
 
 // sums[t, c] = the sum over a row's repetitions of channel c (see Row); sums is [2, row.width()].
@@ -63,32 +51,35 @@ void repeat(A* values, const Row& row) {
   for (int64_t i = row.C; i < row.width(); ++i) values[i] = values[i - row.C];
 }
 
-// Where factor j of column i lies in Scratch::factors: a vector of each factor in turn, in the order in which an
-// elementwise pass over rows of T reads them.
+// Where factor j of column i lies in Scratch::factors of rows: a vector of each factor in turn, in the order in which
+// an elementwise pass over rows of T reads them.
 template <class T, int factor_count>
 int64_t factor_at(int64_t j, int64_t i) {
   constexpr int kLanes = lanes<Compute<T>>;
   const int64_t at = place<Compute<T>, T>(i);
   return (at / kLanes * factor_count + j) * kLanes + at % kLanes;
 }
-// Sets the factors of channel c.
+// Sets the factors of channel c; planar, those of a channel lie side by side.
 template <class T, int factor_count>
 void put_factors(const Problem& p, const Scratch& scratch, int64_t c, const Compute<T> (&factors)[factor_count]) {
-  const int64_t repeats = p.layout == Layout::planar ? 1 : Row(p.C).repeats;
-  for (int64_t r = 0; r < repeats; ++r)
-    for (int j = 0; j < factor_count; ++j)
-      static_cast<Compute<T>*>(scratch.factors)[factor_at<T, factor_count>(j, r * p.C + c)] = factors[j];
+  auto* all = static_cast<Compute<T>*>(scratch.factors);
+  if (p.layout == Layout::planar) {
+    std::copy_n(factors, factor_count, all + c * factor_count);
+    return;
+  }
+  for (int64_t r = 0; r < Row(p.C).repeats; ++r)
+    for (int j = 0; j < factor_count; ++j) all[factor_at<T, factor_count>(j, r * p.C + c)] = factors[j];
 }
 
 constexpr int64_t kAhead = 16384;  // bytes from what is read to what is asked for
 
-// out[i] = f(factors of column c, in[i]...) for i in [0, size). Only whole lines are written past the caches: to mix
+// out[i] = f(factors, in[i]...) for i in [0, size). Only whole lines are written past the caches: to mix
 // both ways of writing within one is slow. `ahead` elements further on is what will be wanted soon, unless 0.
 template <bool streaming, int factor_count, class A, class F, class T, class... In>
-void map_run(const A* factors, int64_t c, int64_t size, int64_t ahead, F f, T* out, const In*... in) {
+void map_run(const A* factors, int64_t size, int64_t ahead, F f, T* out, const In*... in) {
   constexpr int64_t kLanes = lanes<A>, kCount = parts<A, T> * kLanes, kInLine = kLine / sizeof(T);
   A factor[factor_count];
-  unrolled<factor_count>([&](auto j) { factor[j] = factors[factor_at<T, factor_count>(j, c)]; });
+  std::copy_n(factors, factor_count, factor);
   const auto write = [&](auto past, int64_t i) {
     if (ahead != 0) (prefetch<kCount>(in + i + ahead), ...);
     Vec<A, lanes<A>> result[parts<A, T>];
@@ -98,9 +89,9 @@ void map_run(const A* factors, int64_t c, int64_t size, int64_t ahead, F f, T* o
   if constexpr (streaming) {
     const int64_t head = std::min<int64_t>(size, -reinterpret_cast<std::uintptr_t>(out) % kLine / sizeof(T));
     const int64_t lines = (size - head) / kInLine * kInLine, done = head + lines;
-    map_run<false, factor_count>(factors, c, head, ahead, f, out, in...);
+    map_run<false, factor_count>(factors, head, ahead, f, out, in...);
     for (int64_t i = head; i < done; i += kCount) write(std::true_type{}, i);
-    map_run<false, factor_count>(factors, c, size - done, ahead, f, out + done, in + done...);
+    map_run<false, factor_count>(factors, size - done, ahead, f, out + done, in + done...);
   } else if (size >= kCount) {
     for (int64_t i = 0; i + kCount <= size; i += kCount) write(std::false_type{}, i);
     write(std::false_type{}, size - kCount);  // may overlap the one before
@@ -130,9 +121,11 @@ void map_rows(const A* factors, int64_t width, F f, T* out, const In*... in) {
     });
     unrolled<rows>([&](auto r) { store_parts<streaming>(out + r * width + c, result[r]); });
   }
-  for (; c < width; ++c)
-    for (int64_t i = c; i < rows * width; i += width)
-      map_run<false, factor_count>(factors, c, 1, 0, f, out + i, in + i...);
+  for (; c < width; ++c) {
+    A factor[factor_count];
+    for (int j = 0; j < factor_count; ++j) factor[j] = factors[factor_at<T, factor_count>(j, c)];
+    for (int64_t i = c; i < rows * width; i += width) map_run<false, factor_count>(factor, 1, 0, f, out + i, in + i...);
+  }
 }
 
 // out[i] = f(factors of i's channel, in[i]...) for a range of each channel's values, in order of memory.
@@ -148,7 +141,7 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
       const int64_t n = value / p.S, s = value % p.S, size = std::min(p.S - s, values.end - value);
       for (int64_t c = channels.begin; c < channels.end; ++c) {
         const int64_t i = (n * p.C + c) * p.S + s;
-        map_run<streaming, factor_count>(factors, c, size, ahead, f, out + i, in + i...);
+        map_run<streaming, factor_count>(factors + c * factor_count, size, ahead, f, out + i, in + i...);
       }
       value += size;
     }

@@ -16,18 +16,19 @@ constexpr int kForwardFactors = 3;  // mean, scale, bias
 template <class T>
 void forward_reduce_planar(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels,
                            Range chunks) {
-  for_groups(channels, chunks, [&](int64_t begin, int64_t end, int64_t k) {
-    Moments moments[kGroup], block_moments[kGroup];
-    double count = 0;
-    for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
-      const Tiling::Block block = tiling.block(b);
-      const double block_count = static_cast<double>(block.count());
-      StatisticsOf<T>::type::planar(p, block, begin, end, block_moments);
-      for (int64_t i = 0; i < end - begin; ++i) math::chan_combine(moments[i], count, block_moments[i], block_count);
-      count += block_count;
+  for (int64_t k = chunks.begin; k < chunks.end; ++k) {
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      Moments moments{};
+      double count = 0;
+      for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
+        const Tiling::Block block = tiling.block(b);
+        const double block_count = static_cast<double>(block.count());
+        math::chan_combine(moments, count, StatisticsOf<T>::type::planar(p, block, c), block_count);
+        count += block_count;
+      }
+      put_moments(scratch.partials + 3 * k * p.C + c, p.C, moments);
     }
-    for (int64_t c = begin; c < end; ++c) put_moments(scratch.partials + 3 * k * p.C + c, p.C, moments[c - begin]);
-  });
+  }
 }
 
 template <class T>

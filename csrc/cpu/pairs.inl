@@ -18,9 +18,13 @@ using std::int64_t;
 
 constexpr int kInRegister = 32;  // bfloat16 numbers
 
-inline __m512i load_some(const BFloat16* p, int64_t count) {
-  const __mmask32 present = count >= kInRegister ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
+constexpr __mmask32 kAll = ~__mmask32(0);
+inline __m512i load_some(__mmask32 present, const BFloat16* p) {
   return _mm512_maskz_loadu_epi16(present, p);
+}
+// The first `count` of a register.
+inline __mmask32 first(int64_t count) {
+  return count >= kInRegister ? kAll : (__mmask32(1) << count) - 1;
 }
 
 // In the place of sums that are lost.
@@ -31,9 +35,15 @@ struct Seen {
   using Bits = Vec<std::uint16_t, kInRegister>;
   Bits a = {}, b = {};
 
+  // same: b is a.
+  template <bool same>
   void add(__m512i more_a, __m512i more_b) {
     a |= (Bits)more_a;
-    b |= (Bits)more_b;
+    if constexpr (same) {
+      b = a;
+    } else {
+      b |= (Bits)more_b;
+    }
   }
   static __mmask32 some(Bits bits) { return _mm512_test_epi16_mask((__m512i)bits, _mm512_set1_epi16(0x7fff)); }
 };
@@ -43,76 +53,94 @@ inline bool is_lost(double sum, double products, bool in_a, bool in_b) {
   return products == 0 && in_a && (in_b || sum == 0);
 }
 
-// some[0] += a, some[1] += a * b, each lane two elements.
-inline void add_pairs(Vec<float, 16>* some, __m512i a, __m512i b) {
-  const __m512i ones = _mm512_set1_epi16(0x3f80);
-  some[0] = _mm512_dpbf16_ps(some[0], (__m512bh)a, (__m512bh)ones);
-  some[1] = _mm512_dpbf16_ps(some[1], (__m512bh)a, (__m512bh)b);
-}
+// Sums of a and of a * b in float32, each lane two elements.
+struct Short {
+  Vec<float, 16> a = {}, ab = {};
 
-// Over runs of consecutive elements; the ends of several go into one short sum.
+  void add(__m512i more_a, __m512i more_b) {
+    const __m512i ones = _mm512_set1_epi16(0x3f80);
+    a = _mm512_dpbf16_ps(a, (__m512bh)more_a, (__m512bh)ones);
+    ab = _mm512_dpbf16_ps(ab, (__m512bh)more_a, (__m512bh)more_b);
+  }
+};
+
+// The same in double.
+struct Wide {
+  Vec<double, 8> of[2][2] = {};  // [a or a * b, half of the lanes]
+
+  void add(const Short& some) {
+    add_in_double(of[0], some.a);
+    add_in_double(of[1], some.ab);
+  }
+};
+
+// Over runs; the ends of several go into one short sum.
 class PairRunSums {
   static constexpr int kMost = 8;  // registers summed in float32
 
  public:
-  // `ahead` elements further on is what will be wanted soon.
-  void add(int64_t count, int64_t ahead, const BFloat16* a, const BFloat16* b) {
-    const auto ask = [&](auto size, int64_t i) {
-      prefetch<size>(a + i + ahead);
-      if (b != a) prefetch<size>(b + i + ahead);
-    };
-    constexpr std::integral_constant<int, kInRegister> one;
-    constexpr std::integral_constant<int, kMost * kInRegister> many;
-    Seen seen = seen_;
-    int64_t i = 0;
-    for (; i + many <= count; i += many) {
-      Vec<float, 16> some[2] = {};
-      ask(many, i);
-      unrolled<kMost>([&](auto u) {
-        const int64_t at = i + u * kInRegister;
-        const __m512i of_a = _mm512_loadu_si512(a + at), of_b = _mm512_loadu_si512(b + at);
-        seen.add(of_a, of_b);
-        add_pairs(some, of_a, of_b);
-      });
-      for (int t = 0; t < 2; ++t) add_in_double(sums_[t], some[t]);
-    }
-    if (i < count) {
-      const int registers = static_cast<int>((count - i + one - 1) / one);
-      if (held_ + registers > kMost) release();
-      held_ += registers;
-      Vec<float, 16> some[2] = {some_[0], some_[1]};
-      for (; i < count; i += one) {
-        ask(one, i);
-        const __m512i of_a = load_some(a + i, count - i), of_b = load_some(b + i, count - i);
-        seen.add(of_a, of_b);
-        add_pairs(some, of_a, of_b);
-      }
-      std::memcpy(some_, some, sizeof(some));
-    }
-    seen_ = seen;
+  void add(const Runs& runs, const BFloat16* a, const BFloat16* b) {
+    a == b ? add_runs<true>(runs, a, b) : add_runs<false>(runs, a, b);
   }
-  double total(int term) {
-    release();
-    const Vec<double, 8> both = sums_[term][0] + sums_[term][1];
+  double total(int term) const {
+    const Vec<double, 8> both = sums_.of[term][0] + sums_.of[term][1];
     double total = 0;
     for (int i = 0; i < 8; ++i) total += both[i];
     return total;
   }
-  bool lost() { return is_lost(total(0), total(1), Seen::some(seen_.a), Seen::some(seen_.b)); }
+  bool lost() const { return is_lost(total(0), total(1), Seen::some(seen_.a), Seen::some(seen_.b)); }
 
  private:
-  void release() {
-    for (int t = 0; t < 2; ++t) {
-      add_in_double(sums_[t], some_[t]);
-      some_[t] = Vec<float, 16>{};
+  template <bool same>
+  void add_runs(const Runs& runs, const BFloat16* a, const BFloat16* b) {
+    constexpr int kMany = kMost * kInRegister;
+    const int64_t ahead = runs.ahead(), many = runs.size / kMany * kMany, whole = runs.size / kInRegister * kInRegister;
+    const __mmask32 tail = first(runs.size - whole);
+    const int64_t ends = (runs.size - many + kInRegister - 1) / kInRegister;  // registers
+    Wide sums = sums_;
+    Seen seen = seen_;
+    Short end;
+    int64_t held = 0;
+    for (int64_t n = 0; n < runs.count; ++n) {
+      const BFloat16* of_a = a + runs.begin + n * runs.stride;
+      const BFloat16* of_b = same ? of_a : b + runs.begin + n * runs.stride;
+      const auto ask = [&](auto size, int64_t i) {
+        prefetch<size>(of_a + i + ahead);
+        if (!same) prefetch<size>(of_b + i + ahead);
+      };
+      const auto take = [&](Short& some, __m512i in_a, __m512i in_b) __attribute__((always_inline)) {
+        seen.add<same>(in_a, in_b);
+        some.add(in_a, in_b);
+      };
+      for (int64_t i = 0; i < many; i += kMany) {
+        Short some;
+        ask(std::integral_constant<int, kMany>{}, i);
+        for (int64_t at = i; at < i + kMany; at += kInRegister)
+          take(some, _mm512_loadu_si512(of_a + at), _mm512_loadu_si512(of_b + at));
+        sums.add(some);
+      }
+      if (held + ends > kMost) {
+        sums.add(end);
+        end = {};
+        held = 0;
+      }
+      held += ends;
+      for (int64_t i = many; i < whole; i += kInRegister) {
+        ask(std::integral_constant<int, kInRegister>{}, i);
+        take(end, _mm512_loadu_si512(of_a + i), _mm512_loadu_si512(of_b + i));
+      }
+      if (tail) {
+        ask(std::integral_constant<int, kInRegister>{}, whole);
+        take(end, load_some(tail, of_a + whole), load_some(tail, of_b + whole));
+      }
     }
-    held_ = 0;
+    sums.add(end);
+    sums_ = sums;
+    seen_ = seen;
   }
 
-  Vec<double, 8> sums_[2][2] = {};
-  Vec<float, 16> some_[2] = {};
+  Wide sums_;
   Seen seen_;
-  int held_ = 0;
 };
 
 // Over rows of `width` elements, one for each column. Two rows are interleaved, so that a lane has two elements of one
@@ -124,17 +152,7 @@ class PairRowSums {
   explicit PairRowSums(int64_t width) : width_(width), columns_(new Columns[(width + kInRegister - 1) / kInRegister]) {}
 
   void add(int64_t elements, const BFloat16* a, const BFloat16* b) {
-    const int64_t rows = elements / width_, row_bytes = width_ * (a == b ? 2 : 4);
-    const int64_t tile = std::max<int64_t>(1, kTileBytes / row_bytes / kMost) * kMost;
-    for (int64_t row = 0; row < rows; row += tile) {
-      int64_t asked = (row + tile) * width_;  // elements, in order of memory
-      const int64_t count = std::min(tile, rows - row);
-      for (int64_t c = 0; c < width_; c += kInRegister, asked += count * kInRegister)
-        add_columns<true>(count, c, width_ - c, a + row * width_, b + row * width_, a + asked, b + asked);
-    }
-    const int64_t done = rows * width_;
-    for (int64_t c = 0; c < elements - done; c += kInRegister)
-      add_columns<false>(1, c, elements - done - c, a + done, b + done, a, b);
+    a == b ? add_rows<true>(elements, a, b) : add_rows<false>(elements, a, b);
   }
 
   // sums[t * width + c] = the sum for column c.
@@ -156,47 +174,72 @@ class PairRowSums {
   }
 
  private:
-  struct Columns {                      // of a register
-    Vec<double, 8> sums[2][2][2] = {};  // [term, half of the columns, half of the lanes]
+  struct Columns {      // of a register
+    Wide lower, upper;  // of each eight columns
     Seen seen;
   };
 
+  template <bool same>
+  void add_rows(int64_t elements, const BFloat16* a, const BFloat16* b) {
+    const int64_t rows = elements / width_, row_bytes = width_ * (same ? 2 : 4);
+    const int64_t tile = std::max<int64_t>(1, kTileBytes / row_bytes / kMost) * kMost;
+    for (int64_t row = 0; row < rows; row += tile) {
+      int64_t asked = (row + tile) * width_;  // elements, in order of memory
+      const int64_t count = std::min(tile, rows - row);
+      for (int64_t c = 0; c < width_; c += kInRegister, asked += count * kInRegister)
+        add_columns<same, true>(count, c, width_ - c, a + row * width_, b + row * width_, a + asked, b + asked);
+    }
+    const int64_t done = rows * width_;
+    for (int64_t c = 0; c < elements - done; c += kInRegister)
+      add_columns<same, false>(1, c, elements - done - c, a + done, b + done, a, b);
+  }
+
   // Columns c to c + size, at most a register of them, of some rows.
-  template <bool ahead>
+  template <bool same, bool ahead>
   void add_columns(int64_t rows, int64_t c, int64_t size, const BFloat16* a, const BFloat16* b, const BFloat16* next_a,
                    const BFloat16* next_b) {
     Columns& columns = columns_[c / kInRegister];
+    const __mmask32 present = first(size);
+    const auto load = [&](const BFloat16* p) { return load_some(present, p); };
+    Wide lower = columns.lower, upper = columns.upper;
     Seen seen = columns.seen;
+    a += c;
+    b += c;
     for (int64_t row = 0; row < rows; row += kMost) {
-      Vec<float, 16> some[2][2] = {};  // of each half both terms
-      const auto add_two = [&](int64_t r, bool both) {
-        if (ahead) {
-          prefetch<2 * kInRegister>(next_a + r * kInRegister);
-          if (b != a) prefetch<2 * kInRegister>(next_b + r * kInRegister);
-        }
-        const int64_t at = r * width_ + c;
-        const __m512i zero = _mm512_setzero_si512();
-        const __m512i a0 = load_some(a + at, size), a1 = both ? load_some(a + at + width_, size) : zero;
-        const __m512i b0 = load_some(b + at, size), b1 = both ? load_some(b + at + width_, size) : zero;
-        seen.add(_mm512_or_si512(a0, a1), _mm512_or_si512(b0, b1));
-        add_pairs(some[0], _mm512_unpacklo_epi16(a0, a1), _mm512_unpacklo_epi16(b0, b1));
-        add_pairs(some[1], _mm512_unpackhi_epi16(a0, a1), _mm512_unpackhi_epi16(b0, b1));
+      Short some_lower, some_upper;
+      const auto add_two = [&](__m512i a0, __m512i a1, __m512i b0, __m512i b1) __attribute__((always_inline)) {
+        seen.add<same>(_mm512_or_si512(a0, a1), _mm512_or_si512(b0, b1));
+        some_lower.add(_mm512_unpacklo_epi16(a0, a1), _mm512_unpacklo_epi16(b0, b1));
+        some_upper.add(_mm512_unpackhi_epi16(a0, a1), _mm512_unpackhi_epi16(b0, b1));
       };
-      if (row + kMost <= rows) {
-        unrolled<kMost / 2>([&](auto u) { add_two(row + 2 * u, true); });
-      } else {
-        for (int64_t r = row; r < rows; r += 2) add_two(r, r + 1 < rows);
+      const int64_t count = std::min<int64_t>(kMost, rows - row);
+      for (int64_t r = 0; r + 2 <= count; r += 2) {
+        if (ahead) {
+          prefetch<2 * kInRegister>(next_a);
+          next_a += 2 * kInRegister;
+          if (!same) prefetch<2 * kInRegister>(next_b);
+          next_b += 2 * kInRegister;
+        }
+        const __m512i a0 = load(a), a1 = load(a + width_);
+        add_two(a0, a1, same ? a0 : load(b), same ? a1 : load(b + width_));
+        a += 2 * width_;
+        b += 2 * width_;
       }
-      for (int t = 0; t < 2; ++t)
-        for (int half = 0; half < 2; ++half) add_in_double(columns.sums[t][half], some[half][t]);
+      if (count % 2) {
+        const __m512i a0 = load(a), zero = _mm512_setzero_si512();
+        add_two(a0, zero, same ? a0 : load(b), zero);
+      }
+      lower.add(some_lower);
+      upper.add(some_upper);
     }
-    columns.seen = seen;
+    columns = {lower, upper, seen};
   }
 
   // The sum for a column. Columns 0 to 3 of each eight are in the first, 4 to 7 in the second of two registers.
   double sum(int t, int64_t column) const {
     const int64_t i = column % kInRegister, half = i / 4 % 2, lane = i / 8 * 4 + i % 4;
-    return columns_[column / kInRegister].sums[t][half][lane / 8][lane % 8];
+    const Columns& columns = columns_[column / kInRegister];
+    return (half ? columns.upper : columns.lower).of[t][lane / 8][lane % 8];
   }
 
   int64_t width_;

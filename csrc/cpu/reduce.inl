@@ -2,7 +2,6 @@
 // order that does not depend on the instruction set. A is float for float32 and narrower types, or double.
 #pragma once
 
-#include "../math.h"
 #include "vec.h"
 
 namespace bnext::cpu::BNEXT_ISA {
@@ -28,9 +27,18 @@ auto last_lanes(int64_t count, int64_t first) {
   return __builtin_convertvector(mask, Vec<Lane, lanes<A>>);
 }
 
-// Sums over runs of consecutive elements, of which f makes factors. Elements go into 16 slots: element i into slot i %
-// 16, except that the last count % 16 of a run go into the last slots. First factors of float32 are in double at once,
-// since what they are sums of may cancel.
+// `count` runs of `size` consecutive elements, the first at `begin`, each `stride` elements after the one before.
+struct Runs {
+  int64_t count, size, stride, begin;
+
+  // Elements further on is what will be wanted soon: the same of a later channel.
+  int64_t ahead() const { return (kAhead / (count * size) + 1) * size; }
+  static constexpr int64_t kAhead = 4096;
+};
+
+// Sums over runs, of whose elements f makes factors. Elements go into 16 slots: element i of a run into slot i % 16,
+// except that the last size % 16 go into the last slots. First factors of float32 are in double at once, since what
+// they are sums of may cancel.
 template <class A, class T>
 class RunSums {
   static constexpr bool kFirstInDouble = std::is_same_v<A, float> && std::is_same_v<T, float>;
@@ -38,21 +46,40 @@ class RunSums {
   using Wide = Vec<double, lanes<double>>;
 
  public:
-  // `ahead` elements further on is what will be wanted soon.
   template <class F, class... P>
-  void add(int64_t count, int64_t ahead, F f, const P*... p) {
-    if (count < kSlots) {
-      for (int64_t i = 0; i < count; ++i) {
-        double one[2] = {};
-        math::add(one, f(static_cast<double>(to_float(p[i]))...));
-        for (int t = 0; t < 2; ++t) sums_[t][i] += one[t];
-      }
+  void add(const Runs& runs, F f, const P*... p) {
+    if (runs.size < kSlots) {
+      for (int64_t n = 0; n < runs.count; ++n) add_one_by_one(runs.size, f, p + runs.begin + n * runs.stride...);
       return;
     }
     Wide sum[kPieces][2][kParts];
     each(sum, [](Wide& value, double* slots) { std::memcpy(&value, slots, sizeof(value)); });
+    const int64_t ahead = runs.ahead();
+    for (int64_t n = 0; n < runs.count; ++n) add_run(sum, runs.size, ahead, f, p + runs.begin + n * runs.stride...);
+    each(sum, [](Wide value, double* slots) { std::memcpy(slots, &value, sizeof(value)); });
+  }
+  double total(int term) const {
+    double slots[kSlots];
+    std::memcpy(slots, sums_[term], sizeof(slots));
+    for (int half = kSlots / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) slots[i] += slots[i + half];
+    return slots[0];
+  }
+
+ private:
+  template <class F, class... P>
+  void add_one_by_one(int64_t size, F f, const P*... p) {
+    for (int64_t i = 0; i < size; ++i) {
+      double one[2] = {};
+      math::add(one, f(static_cast<double>(to_float(p[i]))...));
+      for (int t = 0; t < 2; ++t) sums_[t][i] += one[t];
+    }
+  }
+
+  template <class F, class... P>
+  static void add_run(Wide (&sum)[kPieces][2][kParts], int64_t size, int64_t ahead, F f, const P*... p) {
     // Of `length` times kSlots elements from i on and, if there are any, of the run's last ones, fewer than kSlots.
-    const auto step = [&](auto length, int64_t i, int64_t last) {
+    const auto step = [&](auto length, int64_t i, int64_t last) __attribute__((always_inline)) {
       (prefetch<length * kSlots>(p + i + ahead), ...);
 #pragma GCC unroll 8
       for (int piece = 0; piece < kPieces; ++piece) {
@@ -69,7 +96,7 @@ class RunSums {
         if (last) {
           auto fresh = last_lanes<A>(last, piece * lanes<A>);
           Vec<A, lanes<A>> more[2] = {};
-          math::add(more, f(load<A>(p + count - kSlots + piece * lanes<A>)...));
+          math::add(more, f(load<A>(p + size - kSlots + piece * lanes<A>)...));
 #pragma GCC unroll 2
           for (int t = 0; t < 2; ++t) some[t] += bit_cast<Vec<A, lanes<A>>>(bit_cast<decltype(fresh)>(more[t]) & fresh);
         }
@@ -78,11 +105,11 @@ class RunSums {
       }
     };
     int64_t i = 0;
-    for (; i + kMost * kSlots <= count; i += kMost * kSlots) step(std::integral_constant<int, kMost>{}, i, 0);
-    for (; i + 4 * kSlots <= count; i += 4 * kSlots) step(std::integral_constant<int, 4>{}, i, 0);
-    if (i < count) {
-      const int64_t last = count % kSlots;
-      switch ((count - i) / kSlots) {
+    for (; i + kMost * kSlots <= size; i += kMost * kSlots) step(std::integral_constant<int, kMost>{}, i, 0);
+    for (; i + 4 * kSlots <= size; i += 4 * kSlots) step(std::integral_constant<int, 4>{}, i, 0);
+    if (i < size) {
+      const int64_t last = size % kSlots;
+      switch ((size - i) / kSlots) {
         case 0:
           step(std::integral_constant<int, 0>{}, i, last);
           break;
@@ -96,17 +123,8 @@ class RunSums {
           step(std::integral_constant<int, 3>{}, i, last);
       }
     }
-    each(sum, [](Wide value, double* slots) { std::memcpy(slots, &value, sizeof(value)); });
-  }
-  double total(int term) const {
-    double slots[kSlots];
-    std::memcpy(slots, sums_[term], sizeof(slots));
-    for (int half = kSlots / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) slots[i] += slots[i + half];
-    return slots[0];
   }
 
- private:
   template <class F>
   void each(Wide (&sum)[kPieces][2][kParts], F f) {
 #pragma GCC unroll 8

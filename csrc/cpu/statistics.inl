@@ -2,7 +2,7 @@
 // of bfloat16 by its own instructions first.
 //
 // A way of summing has, for the values of a block,
-//   planar(p, block, begin, end, moments, squares): the moments and the sums of squares of channels [begin, end);
+//   planar(p, block, c, squares): the moments and the sum of squares of channel c;
 //   rows(p, block): the same of all channels, as [4, C];
 //   trusted(p, moments, squares, count): whether these can be used.
 #pragma once
@@ -12,7 +12,6 @@
 #include <memory>
 
 #include "common.inl"
-#include "reduce.inl"
 #ifdef BNEXT_BF16
 #include "pairs.inl"
 #endif
@@ -88,26 +87,15 @@ inline void put_all_moments(int64_t C, double* moments, const double* sums, int6
 // Sums in A about shifts that come from a part of the block.
 template <class A, class T>
 struct Shifted {
-  static void planar(const ForwardParams& p, const Tiling::Block& block, int64_t begin, int64_t end, Moments* moments,
-                     double* squares) {
+  static Moments planar(const ForwardParams& p, const Tiling::Block& block, int64_t c, double& squares) {
     const T* x = static_cast<const T*>(p.input);
     const Tiling::Block head = sample(block);
-    A shift[kGroup];
-    RunSums<A, T> heads[kGroup] = {}, sums[kGroup] = {};
-    for_runs(p, head, begin, end, [&](int64_t at, int64_t size, int64_t c) {
-      heads[c - begin].add(size, 0, [](auto v) { return math::shifted(v, A(0)); }, x + at);
-    });
-    for (int64_t i = 0; i < end - begin; ++i)
-      shift[i] = static_cast<A>(shift_of(heads[i].total(0), heads[i].total(1), static_cast<double>(head.count())));
-    for_runs(p, block, begin, end, [&](int64_t at, int64_t size, int64_t c) {
-      const auto f = [shift = shift[c - begin]](auto v) { return math::shifted(v, shift); };
-      sums[c - begin].add(size, p.C * p.S, f, x + at);
-    });
-    for (int64_t i = 0; i < end - begin; ++i) {
-      squares[i] = sums[i].total(1);
-      moments[i] =
-          moments_of(static_cast<double>(shift[i]), sums[i].total(0), squares[i], static_cast<double>(block.count()));
-    }
+    RunSums<A, T> of_head, sums;
+    of_head.add(runs_of(p, head, c), [](auto v) { return math::shifted(v, A(0)); }, x);
+    const A shift = static_cast<A>(shift_of(of_head.total(0), of_head.total(1), static_cast<double>(head.count())));
+    sums.add(runs_of(p, block, c), [shift](auto v) { return math::shifted(v, shift); }, x);
+    squares = sums.total(1);
+    return moments_of(static_cast<double>(shift), sums.total(0), squares, static_cast<double>(block.count()));
   }
 
   static std::unique_ptr<double[]> rows(const ForwardParams& p, const Tiling::Block& block) {
@@ -145,16 +133,12 @@ struct Shifted {
 #ifdef BNEXT_BF16
 // Sums of bfloat16 numbers themselves.
 struct Paired {
-  static void planar(const ForwardParams& p, const Tiling::Block& block, int64_t begin, int64_t end, Moments* moments,
-                     double* squares) {
+  static Moments planar(const ForwardParams& p, const Tiling::Block& block, int64_t c, double& squares) {
     const BFloat16* x = static_cast<const BFloat16*>(p.input);
-    PairRunSums sums[kGroup];
-    for_runs(p, block, begin, end,
-             [&](int64_t at, int64_t size, int64_t c) { sums[c - begin].add(size, p.C * p.S, x + at, x + at); });
-    for (int64_t i = 0; i < end - begin; ++i) {
-      squares[i] = sums[i].lost() ? kLost : sums[i].total(1);
-      moments[i] = moments_of(0.0, sums[i].total(0), squares[i], static_cast<double>(block.count()));
-    }
+    PairRunSums sums;
+    sums.add(runs_of(p, block, c), x, x);
+    squares = sums.lost() ? kLost : sums.total(1);
+    return moments_of(0.0, sums.total(0), squares, static_cast<double>(block.count()));
   }
 
   static std::unique_ptr<double[]> rows(const ForwardParams& p, const Tiling::Block& block) {
@@ -184,17 +168,14 @@ struct Paired {
 // Ways of summing values of T, each for the channels for which the one before it is not to be trusted.
 template <class T, class Way, class... Others>
 struct Statistics {
-  static void planar(const ForwardParams& p, const Tiling::Block& block, int64_t begin, int64_t end, Moments* moments) {
-    double squares[kGroup];
-    Way::planar(p, block, begin, end, moments, squares);
-    for (int64_t c = begin; c < end; ++c) {
-      Moments& m = moments[c - begin];
-      if (Way::trusted(p, m, squares[c - begin], static_cast<double>(block.count()))) continue;
-      if constexpr (sizeof...(Others) > 0) {
-        Statistics<T, Others...>::planar(p, block, c, c + 1, &m);
-      } else {
-        m = wide_moments<T>(p, block, c);
-      }
+  static Moments planar(const ForwardParams& p, const Tiling::Block& block, int64_t c) {
+    double squares = 0;
+    const Moments moments = Way::planar(p, block, c, squares);
+    if (Way::trusted(p, moments, squares, static_cast<double>(block.count()))) return moments;
+    if constexpr (sizeof...(Others) > 0) {
+      return Statistics<T, Others...>::planar(p, block, c);
+    } else {
+      return wide_moments<T>(p, block, c);
     }
   }
 

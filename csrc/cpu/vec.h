@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "../half.h"
+#include "../math.h"
 
 namespace bnext::cpu::BNEXT_ISA {
 
@@ -255,3 +256,22 @@ inline void prefetch(const T* p) {
 }
 
 }  // namespace bnext::cpu::BNEXT_ISA
+
+#ifdef BNEXT_BF16
+// This unit has bits of its own anyway, and multiplies and adds in one instruction.
+namespace bnext::inline BNEXT_ISA::math {
+template <>
+struct MultiplyAdd<float> {
+  static float of(float a, float b, float c) { return std::fma(a, b, c); }
+};
+template <>
+struct MultiplyAdd<cpu::BNEXT_ISA::Vec<float, 16>> {
+  template <class P, class Q>
+  static __m512 of(__m512 a, P b, Q c) {
+    return _mm512_fmadd_ps(a, all(b), all(c));
+  }
+  static __m512 all(__m512 v) { return v; }
+  static __m512 all(float value) { return _mm512_set1_ps(value); }
+};
+}  // namespace bnext::inline BNEXT_ISA::math
+#endif

@@ -574,8 +574,12 @@ bnext/convert.py test_convert::test_same_objects
 
 convert-silent: layers that are left as they are are not named
 bnext/convert.py test_convert::test_others_are_left_alone_and_named
-- if skipped:
+- if left:
 + if False:
+
+convert-shadowed: a layer with a forward of its own changes class, and runs the old one
+bnext/convert.py test_convert::test_a_forward_of_its_own_is_left_alone_and_named
+-  and "forward" not in vars(layer)
 """
 
 MUTATIONS = [parse(block) for block in _TABLE.strip().split("\n\n")]

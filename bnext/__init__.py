@@ -1,6 +1,7 @@
 """bnext: exact, fused batch normalisation for PyTorch, a drop-in for torch.nn.BatchNorm1d/2d/3d."""
 
 from bnext.convert import convert_batchnorm, revert_batchnorm
+from bnext.freeze import freeze_batchnorm, unfreeze_batchnorm
 from bnext.function import BatchNormFunction
 from bnext.functional import batch_norm
 from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -14,5 +15,7 @@ __all__ = [
     "BatchNormFunction",
     "batch_norm",
     "convert_batchnorm",
+    "freeze_batchnorm",
     "revert_batchnorm",
+    "unfreeze_batchnorm",
 ]

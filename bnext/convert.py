@@ -3,17 +3,18 @@
 import logging
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-_TO_BNEXT: dict[type, type] = {
+TO_BNEXT: dict[type, type] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
-_TO_TORCH = {ours: theirs for theirs, ours in _TO_BNEXT.items()}
+_TO_TORCH = {ours: theirs for theirs, ours in TO_BNEXT.items()}
 
 _log = logging.getLogger("bnext")
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -23,26 +24,59 @@ def convert_batchnorm(module: _Module) -> _Module:
     """Makes every torch.nn.BatchNorm1d/2d/3d in module (itself included) the bnext class of the same name, in place.
 
     Each layer stays the same object, with the same Parameters, buffers, hooks, mode and name, so optimizers, ties and
-    references to it stay valid. Only torch's exact classes are converted; other batch norms (subclasses, lazy,
-    SyncBatchNorm) are left as they are and named in a warning of the "bnext" logger. Returns module.
+    references to it stay valid. Only torch's exact classes are converted; other batch norms (subclasses, parametrized
+    ones among them, lazy, SyncBatchNorm, scripted, or with a forward of their own set on them) are left as they are and
+    named in a warning of the "bnext" logger. Returns module.
     """
-    return _reclass(module, _TO_BNEXT)
+    _warn(reclass(module, TO_BNEXT))
+    return module
 
 
 def revert_batchnorm(module: _Module) -> _Module:
-    """Undoes convert_batchnorm: makes every bnext batch norm in module torch's own again, in place; returns module."""
-    return _reclass(module, _TO_TORCH)
+    """Undoes convert_batchnorm: makes every bnext batch norm in module torch's own again, in place; returns module.
+
+    Raises ValueError, and changes nothing, where layers are frozen: torch's classes would thaw them in training.
+    """
+    frozen = [
+        name or "(root)"
+        for name, layer in module.named_modules()
+        if type(layer) in _TO_TORCH and (layer.frozen_stats or layer.frozen_affine)
+    ]
+    if frozen:
+        raise ValueError(
+            "revert_batchnorm: expected no frozen layers, since torch's classes do not stay frozen, got "
+            f"{', '.join(frozen)}; unfreeze_batchnorm comes first"
+        )
+    _warn(reclass(module, _TO_TORCH))
+    return module
 
 
-def _reclass(module: _Module, classes: dict[type, type]) -> _Module:
-    done, skipped = 0, []
+def reclass(module: nn.Module, classes: dict[type, type]) -> dict[str, nn.Module]:
+    """Makes layers of a class in classes of the class it maps to; returns what other batch norms there are, by name."""
+    done, left = 0, {}
     for name, layer in module.named_modules():
-        if type(layer) in classes:
+        if type(layer) in classes and "forward" not in vars(layer):
             layer.__class__ = classes[type(layer)]
             done += 1
-        elif isinstance(layer, _BatchNorm) and type(layer) not in classes.values():
-            skipped.append(f"{name or '(root)'}: {type(layer).__module__}.{type(layer).__qualname__}")
+        elif _is_batch_norm(layer) and type(layer) not in classes.values():
+            left[name] = layer
     _log.info("%d batch norm layers changed to %s", done, next(iter(classes.values())).__module__)
-    if skipped:
-        _log.warning("left as they are, not exactly torch's or bnext's classes: %s", ", ".join(skipped))
-    return module
+    return left
+
+
+def _is_batch_norm(layer: nn.Module) -> bool:
+    if isinstance(layer, torch.jit.ScriptModule):  # what it was made of has left its name
+        return layer.original_name in {cls.__name__ for cls in TO_BNEXT}
+    return isinstance(layer, _BatchNorm)
+
+
+def described(layers: dict[str, nn.Module]) -> str:
+    """Names and classes, for a warning."""
+    return ", ".join(
+        f"{name or '(root)'}: {type(layer).__module__}.{type(layer).__qualname__}" for name, layer in layers.items()
+    )
+
+
+def _warn(left: dict[str, nn.Module]) -> None:
+    if left:
+        _log.warning("left as they are, their class or forward not exactly torch's or bnext's: %s", described(left))

@@ -7,14 +7,23 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext import function
-from bnext.fallbacks import needs_torch, overrides_torch
+from bnext.fallbacks import needs_torch, overrides_torch, torch_batch_norm
 
 
 class _Forward(_BatchNorm):
     """The forward of torch's batch norm modules on bnext's ops; everything else about them is torch's.
 
-    No state of its own: an instance of torch's class becomes one of these by assigning __class__.
+    No state that has no default in the class: an instance of torch's becomes one of these by assigning __class__.
+
+    frozen_stats: normalises by the running buffers, and leaves them and the counter alone, whatever training says;
+    without running buffers that is an error. frozen_affine: the parameters that freeze_batchnorm switched off.
     """
+
+    # Not annotated: torch.jit.script would look no further, and miss the annotations of torch's classes.
+    frozen_stats = False
+    frozen_affine = ()
+
+    __constants__ = (*_BatchNorm.__constants__, "frozen_stats")  # torch.jit.script compiles one branch of forward
 
     # torch.jit.script compiles this in place of the forward below; a method needs a name of its own to be compiled.
     _torch_forward = types.FunctionType(_BatchNorm.forward.__code__, _BatchNorm.forward.__globals__, "_torch_forward")
@@ -22,9 +31,27 @@ class _Forward(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """input [N, C, *] -> [N, C, *], as torch's module of the same name, errors and side effects included."""
         if torch.jit.is_scripting():
+            if self.frozen_stats:
+                return self._torch_frozen_forward(input)
             return self._torch_forward(input)
         else:
             return _forward(self, input)
+
+    def _torch_frozen_forward(self, input: Tensor) -> Tensor:
+        """torch's own batch norm, of a frozen layer."""
+        self._check_input_dim(input)
+        return torch_batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
+    def reset_running_stats(self) -> None:
+        """As torch's, but frozen statistics stay."""
+        if not self.frozen_stats:
+            super().reset_running_stats()
+
+    def extra_repr(self) -> str:
+        frozen = [f"{name}={getattr(self, name)}" for name in ("frozen_stats", "frozen_affine") if getattr(self, name)]
+        return ", ".join([super().extra_repr(), *frozen])
 
 
 def _forward(module: _Forward, input: Tensor) -> Tensor:
@@ -33,10 +60,12 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
     # Once each: torch takes most of a microsecond to find a parameter or buffer.
     weight, bias, running_mean, running_var = module.weight, module.bias, module.running_mean, module.running_var
     if overrides_torch(input) or needs_torch(input, weight, bias, running_mean, running_var):
-        return _BatchNorm.forward(module, input)
+        return module._torch_frozen_forward(input) if module.frozen_stats else _BatchNorm.forward(module, input)
     module._check_input_dim(input)
     counter, momentum, training = None, module.momentum, bool(module.training)
-    if training:
+    if module.frozen_stats:
+        training = False
+    elif training:
         if module.track_running_stats:
             counter = module.num_batches_tracked
         else:

@@ -585,7 +585,61 @@ bnext/convert.py test_convert::test_same_objects
 
 convert-silent: layers that are left as they are are not named
 bnext/convert.py test_convert::test_others_are_left_alone_and_named
-- if skipped:
+- if left:
++ if False:
+
+convert-shadowed: a layer with a forward of its own changes class, and runs the old one
+bnext/convert.py test_convert::test_a_forward_of_its_own_is_left_alone_and_named
+-  and "forward" not in vars(layer)
+
+revert-thaws: revert_batchnorm makes frozen layers torch's
+bnext/convert.py test_unfreeze::test_reverting_would_thaw_and_is_refused
+- (layer.frozen_stats or layer.frozen_affine)
++ False
+
+frozen-trains: a frozen layer is in training as its flag says
+bnext/modules.py test_freeze::test_what_trains_and_what_stays
+- if module.frozen_stats:
++ if False:
+
+frozen-thaws-in-fallbacks: torch's own forward runs of a frozen layer
+bnext/modules.py test_freeze::test_frozen_where_torchs_own_runs
+- module._torch_frozen_forward(input) if module.frozen_stats else _BatchNorm.forward(module, input)
++ _BatchNorm.forward(module, input)
+
+frozen-not-scripted: torch.jit.script is not told that frozen_stats is a constant of the class
+bnext/modules.py test_fallbacks::test_script
+- (*_BatchNorm.__constants__, "frozen_stats")
++ _BatchNorm.__constants__
+
+frozen-resets: reset_running_stats resets frozen statistics
+bnext/modules.py test_freeze::test_other_peoples_recalibration_leaves_it
+- if not self.frozen_stats:
++ if True:
+
+freeze-forgets-ties: a parameter of two layers is switched off before the second has noted it
+bnext/freeze.py test_unfreeze::test_tied_parameters
+-     for layer in layers.values():
+-         for p in layer.parameters():
++         for p in layer.parameters():
+
+freeze-forgets-itself: freezing again takes what it finds for what was before
+bnext/freeze.py test_unfreeze::test_unfreezing_restores_what_each_parameter_was
+-  or name in layer.frozen_affine
+
+freeze-leaves-gradients: weight decay reaches frozen parameters by a gradient from before
+bnext/freeze.py test_freeze::test_no_gradient_is_left_behind_for_weight_decay
+- p.requires_grad_(False).grad = None
++ p.requires_grad_(False)
+
+unfreeze-everything: what was off before it was frozen is on afterwards
+bnext/freeze.py test_unfreeze::test_unfreezing_restores_what_each_parameter_was
+- if name in layer.frozen_affine:
++ if True:
+
+freeze-silent: layers that cannot be frozen are not named
+bnext/freeze.py test_freeze::test_what_is_not_frozen_is_named
+- if left:
 + if False:
 """
 

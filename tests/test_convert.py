@@ -5,8 +5,11 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_same_state, bnext_ops, torch_ops
 from torch import nn
+from torch.nn.utils import prune, weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 import bnext
 
@@ -163,10 +166,16 @@ OTHERS = {
     "subclass of ours": lambda: OwnOfOurs(4),
     "SyncBatchNorm": lambda: nn.SyncBatchNorm(4),
     "lazy": nn.LazyBatchNorm2d,
+    "quantized": lambda: torch.ao.nn.quantized.BatchNorm2d(4),
+    "parametrized": lambda: register_parametrization(nn.BatchNorm2d(4), "weight", nn.Softplus()),
+    "parametrized ours": lambda: register_parametrization(bnext.BatchNorm2d(4), "weight", nn.Softplus()),
+    "scripted": lambda: torch.jit.script(nn.BatchNorm2d(4)),
+    "traced": lambda: torch.jit.trace(nn.BatchNorm2d(4).eval(), (batch(),)),
     "InstanceNorm": lambda: nn.InstanceNorm2d(4),
 }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("change", [bnext.convert_batchnorm, bnext.revert_batchnorm])
 @pytest.mark.parametrize("name", OTHERS)
 def test_others_are_left_alone_and_named(name, change, caplog):
@@ -183,6 +192,22 @@ def test_others_are_left_alone_and_named(name, change, caplog):
     assert "block.1" in record.getMessage()
     assert kind.__name__ in record.getMessage()
     assert "plain" not in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [(bnext.convert_batchnorm, nn.BatchNorm2d), (bnext.revert_batchnorm, bnext.BatchNorm2d)],
+    ids=["convert", "revert"],
+)
+def test_a_forward_of_its_own_is_left_alone_and_named(change, kind, caplog):
+    """As accelerate's hooks set it on a layer, where no change of class reaches it: the layer would run the old one."""
+    model = nn.Sequential(kind(4))
+    model[0].forward = model[0].forward
+    with caplog.at_level(logging.WARNING, logger="bnext"):
+        change(model)
+    assert type(model[0]) is kind
+    assert f"0: {kind.__module__}.BatchNorm2d" in caplog.text
+    model(batch())
 
 
 def test_no_warning_where_nothing_is_left(caplog):
@@ -204,3 +229,67 @@ def test_lazy_layer_converts_once_it_knows_its_channels():
     assert type(model[0]) is bnext.BatchNorm2d
     with bnext_ops("train"):
         model(batch())
+
+
+RENAMED = {
+    "weight_norm": (weight_norm, {"weight_g", "weight_v", "bias"}),
+    "pruned": (lambda layer: prune.random_unstructured(layer, "weight", 0.5), {"weight_orig", "bias"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("how", RENAMED)
+def test_layers_whose_weight_is_computed_before_each_forward(how):
+    change, names = RENAMED[how]
+    layer, x = change(nn.BatchNorm2d(4)).eval(), batch()
+    expected = layer(x)
+    bnext.convert_batchnorm(layer)
+    assert type(layer) is bnext.BatchNorm2d
+    with bnext_ops("eval", "backward"):
+        y = layer(x)
+        y.square().sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == names
+
+
+def test_ties_and_averages_stay():
+    """One weight of two layers, and torch's average of the model, which pairs parameters by their order."""
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[1].weight = model[0].weight
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for change in (bnext.convert_batchnorm, bnext.revert_batchnorm):
+        change(model)
+        assert model[1].weight is model[0].weight
+        nn.init.uniform_(model[0].weight)
+        average.n_averaged.zero_()
+        average.update_parameters(model)
+        assert_same_state(average.module, model)
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4)])
+
+    def forward(self, x):
+        return self.norms[0](x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, while it compiles
+@pytest.mark.parametrize("in_place", [True, False], ids=["model.compile", "torch.compile"])
+def test_a_compiled_model_is_compiled_again(in_place):
+    torch._dynamo.reset()
+    model, graphs = Wrapped(), []
+
+    def backend(graph, inputs):
+        graphs.append(any(node.target is F.batch_norm for node in graph.graph.nodes))
+        return graph.forward
+
+    if in_place:
+        model.compile(fullgraph=True, backend=backend)
+    compiled = model if in_place else torch.compile(model, fullgraph=True, backend=backend)
+    x = batch()
+    expected = compiled(x)
+    torch.testing.assert_close(bnext.convert_batchnorm(compiled)(x), expected)
+    assert graphs == [True, False]
+    assert torch.equal(bnext.revert_batchnorm(compiled)(x), expected)

@@ -1,5 +1,6 @@
 """bnext: exact, fused batch normalisation for PyTorch, a drop-in for torch.nn.BatchNorm1d/2d/3d."""
 
+from bnext.checkpoint import checkpoint_context
 from bnext.convert import convert_batchnorm, revert_batchnorm
 from bnext.function import BatchNormFunction
 from bnext.functional import batch_norm
@@ -13,6 +14,7 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormFunction",
     "batch_norm",
+    "checkpoint_context",
     "convert_batchnorm",
     "revert_batchnorm",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext import function
+from bnext.checkpoint import recomputation
 from bnext.fallbacks import needs_torch, overrides_torch
 
 
@@ -37,7 +38,7 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
     module._check_input_dim(input)
     counter, momentum, training = None, module.momentum, bool(module.training)
     if training:
-        if module.track_running_stats:
+        if module.track_running_stats and not recomputation.active:
             counter = module.num_batches_tracked
         else:
             running_mean = running_var = None

@@ -1,15 +1,17 @@
 """torch.compile(fullgraph=True) runs bnext's ops, with their side effects."""
 
 import copy
+import functools
 import shutil
 import warnings
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from helpers import DEVICE, assert_same_state, layers
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._triton import has_triton
+from torch.utils.checkpoint import checkpoint
 
 import bnext
 
@@ -131,3 +133,45 @@ def test_the_function():
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(x, *buffers)
     torch.testing.assert_close(compiled, expected)
     assert buffers[0].abs().sum() > 0
+
+
+def checkpointed(model):
+    return lambda x: checkpoint(model, x, use_reentrant=False, context_fn=bnext.checkpoint_context)
+
+
+def checkpointed_network():
+    return torch.nn.Sequential(bnext.BatchNorm2d(5), torch.nn.Sigmoid(), bnext.BatchNorm2d(5))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", inductor])
+@pytest.mark.parametrize("outside", ["compile", "checkpoint"])
+def test_activation_checkpointing(outside, backend):
+    """Both ways round, a batch counts once."""
+    ours = checkpointed_network()
+    twin = copy.deepcopy(ours)
+    compiler = functools.partial(torch.compile, fullgraph=True, backend=backend)
+    function = compiler(checkpointed(ours)) if outside == "compile" else checkpointed(compiler(ours))
+    for _ in range(2):
+        x = torch.randn(4, 5, 6, 7, requires_grad=True)
+        for model in (function, twin):
+            model(x).square().sum().backward()
+    for p, q in zip(ours.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3)
+    assert_same_state(ours, twin)
+
+
+def test_a_compiled_checkpoint_saves_no_activations():
+    saved = []
+
+    def note(graph, inputs):
+        (outputs,) = next(n for n in graph.graph.nodes if n.op == "output").args
+        saved.append([n for n in outputs if n is not None and n.meta["val"].shape == x.shape])
+        return make_boxed_func(graph.forward)
+
+    x = torch.randn(4, 5, 6, 7, requires_grad=True)
+    backend = aot_autograd(fw_compiler=note, partition_fn=min_cut_rematerialization_partition)
+    for function in (checkpointed_network(), checkpointed(checkpointed_network())):
+        torch.compile(function, fullgraph=True, backend=backend)(x)
+    plain, checked = saved
+    assert len(plain) > 2
+    assert len(checked) == 2, "the output, and the input for the backward"

@@ -147,6 +147,12 @@ def test_fx_keeps_the_layer_as_a_leaf():
     torch.testing.assert_close(y, theirs(x).relu())
 
 
+def test_fx_cannot_trace_a_layer_alone():
+    for layer in layers(5):
+        with pytest.raises(torch.fx.proxy.TraceError):
+            torch.fx.symbolic_trace(layer)
+
+
 def test_fx_traces_the_function():
     class Net(torch.nn.Module):
         def forward(self, x):

@@ -34,6 +34,7 @@ def fresh_compiler():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="TensorFloat32")  # inductor's, where CUDA is not told to use it
         yield
+    torch.compiler.set_stance("default")
 
 
 class Watching:
@@ -83,6 +84,18 @@ def test_eval(backend):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), theirs(x))
+    assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_graph_for_all_sizes(training, momentum):
+    ours, theirs = (layer.train(training) for layer in layers(5, momentum=momentum))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((4, 5, 6, 7), (2, 5, 9, 3), (8, 5, 2, 2)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(compiled(x), theirs(x), rtol=1e-4, atol=1e-5)
+        torch.compiler.set_stance("fail_on_recompile")
     assert_same_state(ours, theirs)
 
 

@@ -1,5 +1,6 @@
 """bnext: exact, fused batch normalisation for PyTorch, a drop-in for torch.nn.BatchNorm1d/2d/3d."""
 
+from bnext.checkpoint import checkpoint_context
 from bnext.convert import convert_batchnorm, revert_batchnorm
 from bnext.freeze import freeze_batchnorm, unfreeze_batchnorm
 from bnext.function import BatchNormFunction
@@ -14,6 +15,7 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormFunction",
     "batch_norm",
+    "checkpoint_context",
     "convert_batchnorm",
     "freeze_batchnorm",
     "revert_batchnorm",

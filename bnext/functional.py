@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from bnext import function
+from bnext.checkpoint import recomputation
 from bnext.fallbacks import needs_torch, torch_batch_norm
 
 
@@ -55,4 +56,6 @@ def _batch_norm(
         raise TypeError(f"batch_norm(): argument 'training' must be bool, not {type(training).__name__}")
     if momentum is None:
         raise TypeError("batch_norm(): argument 'momentum' must be float, not NoneType")
+    if training and recomputation.active:
+        running_mean = running_var = None
     return function.apply(input, weight, bias, running_mean, running_var, None, training, momentum, eps)

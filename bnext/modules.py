@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext import function
+from bnext.checkpoint import recomputation
 from bnext.fallbacks import needs_torch, overrides_torch, torch_batch_norm
 
 
@@ -56,7 +57,7 @@ class _Forward(_BatchNorm):
 
 def _forward(module: _Forward, input: Tensor) -> Tensor:
     if isinstance(input, fx.Proxy):  # torch.fx takes only torch.nn's own modules for leaves
-        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input,), {})
+        return _leaf(module, input)
     # Once each: torch takes most of a microsecond to find a parameter or buffer.
     weight, bias, running_mean, running_var = module.weight, module.bias, module.running_mean, module.running_var
     if overrides_torch(input) or needs_torch(input, weight, bias, running_mean, running_var):
@@ -66,7 +67,7 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
     if module.frozen_stats:
         training = False
     elif training:
-        if module.track_running_stats:
+        if module.track_running_stats and not recomputation.active:
             counter = module.num_batches_tracked
         else:
             running_mean = running_var = None
@@ -81,6 +82,13 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
         if counter is not None and _version(counter) == before:
             counter.add_(1)  # torch counts a batch before it looks at it
         raise
+
+
+def _leaf(module: _Forward, input: fx.Proxy) -> fx.Proxy:
+    path = input.tracer.path_of_module(module)
+    if not path:
+        raise fx.proxy.TraceError(f"{type(module).__name__} is a leaf of torch.fx: trace a module that holds it")
+    return input.tracer.create_proxy("call_module", path, (input,), {})
 
 
 def _version(counter: Tensor) -> int | None:

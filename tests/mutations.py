@@ -544,8 +544,8 @@ bnext/functional.py test_forward::test_eps
 
 tracking-ignored: a layer moves its buffers whatever track_running_stats says
 bnext/modules.py test_running_stats::test_flipping_states
-- if module.track_running_stats:
-+ if True:
+- module.track_running_stats and not
++ not
 
 refused-not-counted: a batch that is refused is not counted
 bnext/modules.py test_running_stats::test_the_counter_moves_where_the_batch_is_refused
@@ -556,6 +556,21 @@ none-without-counter: momentum=None without a counter is no momentum of 0
 bnext/modules.py test_running_stats::test_momentum_none_without_a_counter
 - momentum = 0.0
 + momentum = 0.1
+
+recomputation-counts: a layer that is computed again for its backward counts again
+bnext/modules.py test_checkpoint::test_a_network
+- and not recomputation.active
++ and True
+
+recomputation-everywhere: while one thread computes again, none counts
+bnext/checkpoint.py test_checkpoint::test_other_threads_count_meanwhile
+- class _Recomputation(threading.local):
++ class _Recomputation:
+
+recomputation-forgets: a recomputation ends with another inside it
+bnext/checkpoint.py test_checkpoint::test_one_recomputation_within_another
+- self.active = self._outer.pop()
++ self.active = False
 
 always-torch: torch's own batch norm runs every time
 bnext/fallbacks.py test_forward::test_no_buffers

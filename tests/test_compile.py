@@ -1,15 +1,17 @@
 """torch.compile(fullgraph=True) runs bnext's ops, with their side effects."""
 
 import copy
+import functools
 import shutil
 import warnings
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from helpers import DEVICE, assert_same_state, layers
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._triton import has_triton
+from torch.utils.checkpoint import checkpoint
 
 import bnext
 
@@ -32,6 +34,7 @@ def fresh_compiler():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="TensorFloat32")  # inductor's, where CUDA is not told to use it
         yield
+    torch.compiler.set_stance("default")
 
 
 class Watching:
@@ -84,6 +87,18 @@ def test_eval(backend):
     assert_same_state(ours, theirs)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_graph_for_all_sizes(training, momentum):
+    ours, theirs = (layer.train(training) for layer in layers(5, momentum=momentum))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((4, 5, 6, 7), (2, 5, 9, 3), (8, 5, 2, 2)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(compiled(x), theirs(x), rtol=1e-4, atol=1e-5)
+        torch.compiler.set_stance("fail_on_recompile")
+    assert_same_state(ours, theirs)
+
+
 def test_channels_last():
     ours, theirs = layers(5)
     x, dy = (t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, 4, 5, 6, 7).unbind())
@@ -131,3 +146,45 @@ def test_the_function():
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(x, *buffers)
     torch.testing.assert_close(compiled, expected)
     assert buffers[0].abs().sum() > 0
+
+
+def checkpointed(model):
+    return lambda x: checkpoint(model, x, use_reentrant=False, context_fn=bnext.checkpoint_context)
+
+
+def checkpointed_network():
+    return torch.nn.Sequential(bnext.BatchNorm2d(5), torch.nn.Sigmoid(), bnext.BatchNorm2d(5))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", inductor])
+@pytest.mark.parametrize("outside", ["compile", "checkpoint"])
+def test_activation_checkpointing(outside, backend):
+    """Both ways round, a batch counts once."""
+    ours = checkpointed_network()
+    twin = copy.deepcopy(ours)
+    compiler = functools.partial(torch.compile, fullgraph=True, backend=backend)
+    function = compiler(checkpointed(ours)) if outside == "compile" else checkpointed(compiler(ours))
+    for _ in range(2):
+        x = torch.randn(4, 5, 6, 7, requires_grad=True)
+        for model in (function, twin):
+            model(x).square().sum().backward()
+    for p, q in zip(ours.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3)
+    assert_same_state(ours, twin)
+
+
+def test_a_compiled_checkpoint_saves_no_activations():
+    saved = []
+
+    def note(graph, inputs):
+        (outputs,) = next(n for n in graph.graph.nodes if n.op == "output").args
+        saved.append([n for n in outputs if n is not None and n.meta["val"].shape == x.shape])
+        return make_boxed_func(graph.forward)
+
+    x = torch.randn(4, 5, 6, 7, requires_grad=True)
+    backend = aot_autograd(fw_compiler=note, partition_fn=min_cut_rematerialization_partition)
+    for function in (checkpointed_network(), checkpointed(checkpointed_network())):
+        torch.compile(function, fullgraph=True, backend=backend)(x)
+    plain, checked = saved
+    assert len(plain) > 2
+    assert len(checked) == 2, "the output, and the input for the backward"

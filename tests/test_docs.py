@@ -21,6 +21,7 @@ def examples():
             yield pytest.param(block[1], id=f"{page.name}:{line}")
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch.compile's own
 @pytest.mark.parametrize("example", list(examples()))
 def test_example(example, caplog, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some of them write files

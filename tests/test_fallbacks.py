@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_same_state, bnext_ops, layers, torch_ops
+from torch import func
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -75,6 +76,67 @@ def test_jvp():
     with torch_ops():
         found = jvp(ours, (x,), (tangent,))
     torch.testing.assert_close(found, jvp(theirs, (x,), (tangent,)))
+
+
+def of_parameters(layer):
+    """layer as a function of its parameters and its input."""
+    return lambda parameters, x: functional_call(layer, parameters, (x,))
+
+
+def vector_jacobian(layer, x):
+    output, pull = func.vjp(of_parameters(layer), dict(layer.named_parameters()), x)
+    return output, pull(output.detach().cos())
+
+
+def gradient_of_each_sample(layer, x):
+    def loss(parameters, sample):
+        return of_parameters(layer)(parameters, sample[None]).square().sum()
+
+    return vmap(grad(loss), in_dims=(None, 0))(dict(layer.named_parameters()), x)
+
+
+TRANSFORMS = {
+    "vjp": vector_jacobian,
+    "vmap of grad": gradient_of_each_sample,
+    "jacrev": lambda layer, x: func.jacrev(layer)(x),
+    "jacfwd": lambda layer, x: func.jacfwd(layer)(x),
+    "hessian": lambda layer, x: func.hessian(lambda x: layer(x).sin().sum())(x),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms(name, training):
+    found = []
+    for layer in layers(3, track_running_stats=not training):
+        x = torch.linspace(-1, 1, 24).sin().reshape(2, 3, 2, 2)
+        with torch_ops():
+            found.append(TRANSFORMS[name](layer.train(training), x))
+    torch.testing.assert_close(*found)
+
+
+def test_transforms_refuse_to_update_captured_buffers():
+    errors = []
+    for layer in layers(5):
+        with pytest.raises(RuntimeError, match="mutate a captured Tensor") as error:
+            grad(lambda x, layer=layer: layer(x).sum())(torch.randn(4, 5, 6, 7))
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+def test_an_ensemble_without_running_statistics():
+    """What torch's errors advise: replace_all_batch_norm_modules_, then vmap over stacked parameters."""
+    x, found = torch.randn(4, 5, 6, 7), []
+    for pairs in zip(*(layers(5) for _ in range(3)), strict=True):
+        members = [func.replace_all_batch_norm_modules_(torch.nn.Sequential(layer)) for layer in pairs]
+        assert all(m[0].running_mean is m[0].num_batches_tracked is None for m in members)
+        parameters, buffers = func.stack_module_state(members)
+        assert not buffers
+        skeleton = copy.deepcopy(members[0]).to("meta")
+        with torch_ops():
+            found.append(vmap(of_parameters(skeleton), in_dims=(0, None))(parameters, x))
+        torch.testing.assert_close(found[-1], torch.stack([m(x) for m in members]))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("dual", ["input", "weight"])
@@ -145,6 +207,12 @@ def test_fx_keeps_the_layer_as_a_leaf():
     with bnext_ops("train"):
         y = traced(x)
     torch.testing.assert_close(y, theirs(x).relu())
+
+
+def test_fx_cannot_trace_a_layer_alone():
+    for layer in layers(5):
+        with pytest.raises(torch.fx.proxy.TraceError):
+            torch.fx.symbolic_trace(layer)
 
 
 def test_fx_traces_the_function():

@@ -175,6 +175,19 @@ def test_device_and_dtype_keywords():
     assert y.shape == SHAPES[2]
 
 
+def test_skipped_initialisation():
+    """As model zoos build what they load a checkpoint into."""
+    ours, theirs = (nn.utils.skip_init(cls, 5) for cls in modules())
+    assert type(ours) is modules()[0]
+    for layer in (ours, theirs):
+        assert not any(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
+    state, x = layers()[1].state_dict(), values(SHAPES[2], torch.float32)
+    for layer in (ours, theirs):
+        layer.load_state_dict(state)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert_same_state(ours, theirs)
+
+
 def test_moving_between_dtypes():
     ours, theirs = (m.double() for m in layers())
     x = values(SHAPES[2], torch.float64)

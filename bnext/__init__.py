@@ -3,6 +3,7 @@
 from bnext.convert import convert_batchnorm, revert_batchnorm
 from bnext.function import BatchNormFunction
 from bnext.functional import batch_norm
+from bnext.inspect import bn_stats
 from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormFunction",
     "batch_norm",
+    "bn_stats",
     "convert_batchnorm",
     "revert_batchnorm",
 ]

@@ -1,10 +1,18 @@
 """bnext: exact, fused batch normalisation for PyTorch, a drop-in for torch.nn.BatchNorm1d/2d/3d."""
 
-from bnext.convert import convert_batchnorm, revert_batchnorm
-from bnext.function import BatchNormFunction
-from bnext.functional import batch_norm
-from bnext.inspect import bn_stats
-from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+import sys
+
+try:
+    from bnext.backend import backend_for, is_cuda_available
+    from bnext.convert import convert_batchnorm, revert_batchnorm
+    from bnext.function import BatchNormFunction
+    from bnext.functional import batch_norm
+    from bnext.inspect import bn_stats
+    from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+except Exception:
+    # sys.argv while Python finds the module to run: python -m bnext goes on, to report what is wrong.
+    if sys.argv[:1] != ["-m"] or "bnext" not in sys.orig_argv:
+        raise
 
 __version__ = "0.1.0"
 
@@ -13,8 +21,10 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormFunction",
+    "backend_for",
     "batch_norm",
     "bn_stats",
     "convert_batchnorm",
+    "is_cuda_available",
     "revert_batchnorm",
 ]

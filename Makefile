@@ -46,9 +46,9 @@ lint: $(ENVIRONMENT)
 	  case "$$cuda $$file" in " csrc/cuda/"*) echo "$$file: left out, there is no CUDA toolkit"; continue;; esac; \
 	  echo "$$file"; \
 	  $(CXX) -fsyntax-only -std=c++17 -fopenmp -Wall -Wextra -Wno-psabi -Werror \
-	    -DBNEXT_TORCH_VERSION=lint -DBNEXT_CUDA_ARCHS='"lint"' -isystem $$torch/include \
-	    -isystem $$torch/include/torch/csrc/api/include -isystem $$python $${cuda:+-isystem $$cuda} $$file || exit 1; \
+	    -isystem $$torch/include -isystem $$torch/include/torch/csrc/api/include -isystem $$python \
+	    $${cuda:+-isystem $$cuda} $$file || exit 1; \
 	done
 
 clean:
-	rm -rf build dist *.egg-info bnext/_C*.so
+	rm -rf build dist *.egg-info bnext/_C*.so bnext/_build.py

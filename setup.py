@@ -25,6 +25,17 @@ ARCHS = "8.0;9.0;10.0;12.0+PTX"
 
 
 class Build(cpp_extension.BuildExtension):
+    """Says in bnext/_build.py, beside the extension, what it was built with: to be read where it does not load, too."""
+
+    def run(self) -> None:
+        file = Path("" if self.inplace else self.build_lib) / "bnext" / "_build.py"
+        text = '"""What bnext._C was built with; written by setup.py."""\n\n'
+        text += "".join(f"{name} = {value!r}\n" for name, value in facts.items())
+        if not file.exists() or file.read_text() != text:
+            self.force = True  # setuptools alone, without ninja, looks at nothing but the sources
+        super().run()
+        file.write_text(text)
+
     def build_extensions(self) -> None:
         compiler = cpp_extension.get_cxx_compiler()
         if shutil.which(compiler) is None:
@@ -57,21 +68,34 @@ def fault(home: Path | None) -> str | None:
     return None
 
 
-def cuda() -> Path | None:
-    """The toolkit that CUDA kernels are to be built with, or None for a build without them."""
+def cuda() -> tuple[Path | None, str]:
+    """The toolkit that CUDA kernels are to be built with, or None and why there will be none."""
     force_cpu, force_cuda = (os.environ.get(f"BNEXT_FORCE_{name}") == "1" for name in ("CPU", "CUDA"))
     if force_cpu and force_cuda:
         sys.exit("BNEXT_FORCE_CPU=1 and BNEXT_FORCE_CUDA=1 exclude each other: unset one.")
-    if force_cpu or not (force_cuda or torch.version.cuda):
-        return None
+    if force_cpu:
+        return None, "BNEXT_FORCE_CPU=1 left them out"
+    if not (force_cuda or torch.version.cuda):
+        return None, f"torch {torch.__version__} was built without CUDA"
     home = toolkit()
     found = fault(home)
     if found:
         if force_cuda:
             sys.exit(f"BNEXT_FORCE_CUDA=1 needs a CUDA toolkit: {found}.")
         print(f"bnext: building without CUDA kernels: {found}.", file=sys.stderr)
-        return None
-    return home
+        return None, found
+    return home, ""
+
+
+def cuda_facts(home: Path) -> dict[str, object]:
+    """nvcc's version, and the architectures of the kernels, as torch.cuda.get_arch_list names them."""
+    version = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    named = re.search(r"V([\d.]+)", version)
+    archs = [flag.rpartition("=")[2] for flag in cpp_extension._get_cuda_arch_flags()]
+    return {
+        "nvcc": named[1] if named else "unknown",
+        "cuda_archs": sorted(archs, key=lambda a: (a[0] == "c", len(a), a)),
+    }
 
 
 flags = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
@@ -84,14 +108,15 @@ if sys.platform == "linux":
 flags += os.environ.get("BNEXT_CXXFLAGS", "").split()  # last: they win
 
 sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
-archs = ""
 links: dict[str, list[str]] = {}
-if home := cuda():
+home, no_cuda = cuda()
+facts: dict[str, object] = {"torch": torch.__version__, "no_cuda": no_cuda, "nvcc": "", "cuda_archs": []}
+if home:
     sources += glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu")
     cpp_extension.CUDA_HOME = str(home)
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHS
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "native"
+    facts |= cuda_facts(home)
     # The CUDA runtime is linked in, so that the extension loads whatever CUDA torch has, or has not.
     links = {
         "include_dirs": [str(home / "include")],
@@ -106,7 +131,7 @@ setup(
         cpp_extension.CppExtension(
             "bnext._C",
             sorted(sources),
-            define_macros=[("BNEXT_TORCH_VERSION", torch.__version__), ("BNEXT_CUDA_ARCHS", f'"{archs}"')],
+            define_macros=[("BNEXT_TORCH", torch.__version__)],  # read by nothing: with another torch, all is compiled
             extra_compile_args={
                 "cxx": flags,
                 "nvcc": ["-O3", "-fmad=false", "-Xcompiler", "-fvisibility=hidden"],

@@ -3,21 +3,17 @@
 import datetime
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import bnext
+from bnext.environment import cpu_model
 
 
 def cpu() -> str:
     """The model of the CPU, and the instruction set that torch uses on it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    model = models[0] if models else platform.processor() or platform.machine()
-    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def facts(device: str) -> dict[str, Any]:

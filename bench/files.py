@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from bench.cases import shape_text
 from bench.cells import COLUMNS, MEAN_COLUMNS, NUMBERS, cells, group_title, groups, mean_cells, one_line
 from bench.rows import SCHEMA, Row, means
+from bnext.output import finite
 
 CSV_COLUMNS = (
     *("suite", "layer", "shape", "count", "mode", "layout", "dtype", "device", "threads", "backend", "status"),
@@ -66,7 +66,7 @@ def write(path: Path, text: str) -> None:
 
 def json_text(report: Report) -> str:
     """The document; null for what is no finite number. Lists of numbers stay on one line."""
-    text = json.dumps(_finite(report.as_dict()), indent=1, allow_nan=False, default=str)
+    text = json.dumps(finite(report.as_dict()), indent=1, allow_nan=False, default=str)
     # a quote inside a string is escaped, so this finds keys alone
     return re.sub(r'"(samples|shape)": \[[^]]*\]', lambda found: " ".join(found[0].split()), text) + "\n"
 
@@ -76,7 +76,7 @@ def csv_text(report: Report) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_finite(_csv_row(row)) for row in report.rows)
+    writer.writerows(finite(_csv_row(row)) for row in report.rows)
     return text.getvalue()
 
 
@@ -88,15 +88,6 @@ def _csv_row(row: Row) -> dict[str, Any]:
         figures = {f"{name}_us": 1e6 * getattr(spread, name) for name in ("median", "p20", "p80")}
         figures |= {"samples": spread.count, "noise": spread.noise, "noisy": row.noisy}
     return row.case.as_dict() | own | figures | {"shape": shape_text(row.case.shape), "detail": one_line(row.detail)}
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for every float that is infinite or no number."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def markdown(report: Report) -> str:

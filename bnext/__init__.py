@@ -1,11 +1,20 @@
 """bnext: exact, fused batch normalisation for PyTorch, a drop-in for torch.nn.BatchNorm1d/2d/3d."""
 
-from bnext.checkpoint import checkpoint_context
-from bnext.convert import convert_batchnorm, revert_batchnorm
-from bnext.freeze import freeze_batchnorm, unfreeze_batchnorm
-from bnext.function import BatchNormFunction
-from bnext.functional import batch_norm
-from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+import sys
+
+try:
+    from bnext.backend import backend_for, is_cuda_available
+    from bnext.convert import convert_batchnorm, revert_batchnorm
+    from bnext.freeze import freeze_batchnorm, unfreeze_batchnorm
+    from bnext.function import BatchNormFunction
+    from bnext.functional import batch_norm
+    from bnext.inspect import bn_stats
+    from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from bnext.recomputation import checkpoint_context
+except Exception:
+    # sys.argv while Python finds the module to run: python -m bnext goes on, to report what is wrong.
+    if sys.argv[:1] != ["-m"] or "bnext" not in sys.orig_argv:
+        raise
 
 __version__ = "0.1.0"
 
@@ -14,10 +23,13 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormFunction",
+    "backend_for",
     "batch_norm",
+    "bn_stats",
     "checkpoint_context",
     "convert_batchnorm",
     "freeze_batchnorm",
+    "is_cuda_available",
     "revert_batchnorm",
     "unfreeze_batchnorm",
 ]

@@ -1,47 +1,56 @@
-"""checkpoint_context: activation checkpointing that counts a batch once."""
+"""Reading a checkpoint without executing anything in it."""
 
-import contextlib
-import threading
-from contextlib import AbstractContextManager
+import argparse
+import importlib.util
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 
-class _Recomputation(threading.local):
-    """The context of a recomputation; active: whether this thread is in one.
+def read(path: Path) -> Mapping[str, Any]:
+    """The state dict, or the dict with state dicts, of a file by torch.save or safetensors, on the CPU.
 
-    It is entered anew for each backward of a retained graph, and again inside itself where checkpoints are nested.
+    Raises OSError for a file that cannot be opened, ImportError for .safetensors without that package, and ValueError
+    for what is no checkpoint, is cut off, or holds more than tensors and plain values, so that loading executes code.
     """
-
-    def __init__(self) -> None:
-        self.active = False  # of the instance: torch.compile guards no default of the class
-        self._outer: list[bool] = []
-
-    def __enter__(self) -> None:
-        self._outer.append(self.active)
-        self.active = True
-
-    def __exit__(self, *_: object) -> None:
-        self.active = self._outer.pop()
+    path.open("rb").close()
+    return _safetensors(path) if path.suffix == ".safetensors" else _pickle(path)
 
 
-recomputation = _Recomputation()
+def _pickle(path: Path) -> Mapping[str, Any]:
+    try:
+        # A training script's arguments are often beside the weights; a Namespace of them does nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an error follows
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's text goes on to recommend weights_only=False
+        if called := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"refused, as loading it would call {called[1]}: save model.state_dict()") from None
+        if "TorchScript" in str(error):
+            raise ValueError("refused, as it is a TorchScript program: save model.state_dict()") from None
+        raise ValueError("not a checkpoint by torch.save, or cut off") from None
+    if not isinstance(found, Mapping):
+        raise ValueError(f"expected a state dict in it, got {type(found).__name__}: save model.state_dict()")
+    return found
 
 
-def checkpoint_context() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """The context_fn of torch.utils.checkpoint with which a checkpointed batch norm sees a batch once:
+def _safetensors(path: Path) -> Mapping[str, Any]:
+    if importlib.util.find_spec("safetensors") is None:
+        raise ImportError("reading it needs safetensors: pip install safetensors")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-        checkpoint(function, *args, use_reentrant=False, context_fn=bnext.checkpoint_context)
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"not a safetensors file, or cut off ({error})") from None
+    return {name: found[name] for name in sorted(found, key=_by_numbers)}  # the model's order is not in the file
 
-    While function is computed a second time, for its backward, bnext's layers and bnext.batch_norm normalise by the
-    batch as the first time, to the last bit, and leave running buffers and num_batches_tracked alone. Without it both
-    move a second time, as torch's do (pytorch#96136); with it still those of torch's layers, of layers that fall back
-    to torch's batch norm, and in threads that function starts. use_reentrant=True takes no context_fn: torch raises
-    ValueError.
-    """
-    if torch.compiler.is_compiling():
-        # It takes none but its own contexts, and what it computes again has no side effects.
-        return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
-    return contextlib.nullcontext(), recomputation
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """layer.2 before layer.10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

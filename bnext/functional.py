@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from bnext import function
-from bnext.checkpoint import recomputation
 from bnext.fallbacks import needs_torch, torch_batch_norm
+from bnext.recomputation import recomputation
 
 
 def batch_norm(

@@ -7,8 +7,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext import function
-from bnext.checkpoint import recomputation
 from bnext.fallbacks import needs_torch, overrides_torch, torch_batch_norm
+from bnext.recomputation import recomputation
 
 
 class _Forward(_BatchNorm):

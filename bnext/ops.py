@@ -9,16 +9,19 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 try:
+    import bnext._build as _build
+
+    if _build.torch.partition("+")[0] != torch.__version__.partition("+")[0]:
+        raise ImportError(f"it was built with torch {_build.torch}")
     from bnext import _C
 except ImportError as error:
     raise ImportError(
         f"bnext's compiled part does not load with torch {torch.__version__} ({error}): "
         "rebuild it with pip install --no-build-isolation --force-reinstall --no-deps ., or make build in a checkout"
-    ) from error
+    ) from None
 
-__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_eval", "batch_norm_train", "built_for_torch", "cpu_isa"]
+__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_eval", "batch_norm_train", "cpu_isa"]
 
-built_for_torch: str = _C.torch_version
 cpu_isa: str = _C.cpu_isa()  # scalar, avx2, avx512 or avx512bf16; BNEXT_CPU_ISA forces one
 
 batch_norm = _C.batch_norm  # calls these as BatchNormFunction.apply does
@@ -38,7 +41,7 @@ def _channel_count(input: Tensor) -> int | torch.SymInt:
     return input.shape[1] if input.dim() > 1 else 0
 
 
-def _check(input: Tensor, **others: Tensor | None) -> None:
+def check(input: Tensor, **others: Tensor | None) -> None:
     """What csrc/checks.h refuses by devices, dtype and sizes, as far as sizes are known.
 
     A meta tensor among real ones is dispatched here, and must not pass for a result.
@@ -84,7 +87,7 @@ def _(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    check(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if num_batches_tracked is not None and num_batches_tracked.device != input.device:
         raise RuntimeError(f"expected num_batches_tracked to be on {input.device}, got {num_batches_tracked.device}")
     if input.dim() > 1 and _known(input.numel() == input.shape[1]) and _known(input.numel() > 0):
@@ -104,7 +107,7 @@ def _(
     for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
         if buffer is None:
             raise RuntimeError(f"{name} must be defined in evaluation mode")
-    _check(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    check(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     return _fake_forward(input)
 
 
@@ -118,7 +121,7 @@ def _(
     training: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    _check(input, grad_output=grad_output, weight=weight, mean=mean, invstd=invstd)
+    check(input, grad_output=grad_output, weight=weight, mean=mean, invstd=invstd)
     grad_input, grad_weight, grad_bias = None, None, None
     if output_mask[0]:
         empty = _known(input.numel() == 0)

@@ -1,4 +1,4 @@
-// bnext._C: one call of batch norm, facts about the build, and what is planned for a GPU. Loading it registers
+// bnext._C: one call of batch norm, the instruction set, and what is planned for a CPU or GPU. Loading it registers
 // torch.ops.bnext.
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -8,9 +8,6 @@
 #include "autograd.h"
 #include "cpu/kernels.h"
 #include "cuda/plan.h"
-
-#define BNEXT_STRING_OF(x) #x
-#define BNEXT_STRING(x) BNEXT_STRING_OF(x)
 
 namespace py = pybind11;
 
@@ -76,8 +73,6 @@ py::dict cpu_plan(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of bnext: loading it registers torch.ops.bnext.";
-  m.attr("torch_version") = BNEXT_STRING(BNEXT_TORCH_VERSION);  // the torch it was built against
-  m.attr("cuda_archs") = BNEXT_CUDA_ARCHS;  // TORCH_CUDA_ARCH_LIST of the CUDA kernels; "": built without them
   m.def("cpu_isa", &bnext::cpu::isa,
         "Instruction set of the CPU kernels: scalar, avx2, avx512 or avx512bf16; BNEXT_CPU_ISA forces one.");
   m.def("batch_norm", torch::wrap_pybind_function_no_gil(&bnext::batch_norm),

@@ -563,12 +563,12 @@ bnext/modules.py test_checkpoint::test_a_network
 + and True
 
 recomputation-everywhere: while one thread computes again, none counts
-bnext/checkpoint.py test_checkpoint::test_other_threads_count_meanwhile
+bnext/recomputation.py test_checkpoint::test_other_threads_count_meanwhile
 - class _Recomputation(threading.local):
 + class _Recomputation:
 
 recomputation-forgets: a recomputation ends with another inside it
-bnext/checkpoint.py test_checkpoint::test_one_recomputation_within_another
+bnext/recomputation.py test_checkpoint::test_one_recomputation_within_another
 - self.active = self._outer.pop()
 + self.active = False
 

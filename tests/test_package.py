@@ -22,7 +22,7 @@ def test_public_names():
 
 
 def test_built_for_this_torch():
-    assert bnext.ops.built_for_torch == torch.__version__
+    assert bnext._build.torch == torch.__version__
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a checkout")
@@ -49,7 +49,7 @@ def test_refused_builds_say_why(switches, sentence, tmp_path):
     assert "Traceback" not in build.stderr
 
 
-@pytest.mark.skipif(bnext._C.cuda_archs != "", reason="about builds without CUDA kernels")
+@pytest.mark.skipif(bnext._build.cuda_archs, reason="about builds without CUDA kernels")
 @pytest.mark.only("cpu", "about builds without CUDA kernels")
 @pytest.mark.parametrize("op", ["train", "eval", "backward"])
 def test_cuda_tensors_without_cuda_kernels(op):

@@ -50,8 +50,9 @@ def _built(command: Sequence[str | Path], environment: Mapping[str, str] = os.en
 
 
 def _package(folder: Path) -> Path:
-    """The Python files of bnext in that folder."""
-    shutil.copytree(ROOT / "bnext", folder / "bnext", ignore=shutil.ignore_patterns("_C.*"), dirs_exist_ok=True)
+    """The Python files of bnext in that folder, but for what a build makes."""
+    made = shutil.ignore_patterns("_C.*", "_build.py")
+    shutil.copytree(ROOT / "bnext", folder / "bnext", ignore=made, dirs_exist_ok=True)
     return folder
 
 
@@ -71,7 +72,7 @@ def extension_with(csrc: Path, folder: Path) -> Path:
     _built([get_cxx_compiler(), *KERNEL, *ADDRESS, "-c", csrc / "cpu/scalar.cpp", "-o", unit])
     objects = [o for o in (BUILD / "address/temp").rglob("*.o") if o.name != unit.name]
     (library,) = (BUILD / "address/bnext").glob("_C.*")
-    _package(folder)
+    shutil.copy(BUILD / "address/bnext/_build.py", _package(folder) / "bnext")
     _built([get_cxx_compiler(), "-shared", unit, *objects, *torch_flags()[1], "-o", folder / "bnext" / library.name])
     return folder
 

@@ -1,0 +1,39 @@
+"""Command line: python -m bnext [--json], the environment report, or python -m bnext stats CHECKPOINT."""
+
+import argparse
+import importlib
+import os
+import sys
+
+_PROG = "python -m bnext"
+_COMMANDS = ("stats",)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, 1 if something is wrong, 2 for bad arguments, 130 after Ctrl-C."""
+    words = sys.argv[1:] if argv is None else argv
+    name = words[0] if words and words[0] in _COMMANDS else None
+    try:
+        command = importlib.import_module(f"bnext.{name or 'environment'}")
+    except ImportError as error:  # torch is not there
+        print(f"{_PROG} {name}: {error}", file=sys.stderr)
+        return 1
+    parser = argparse.ArgumentParser(
+        prog=f"{_PROG} {name}" if name else _PROG,
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    try:
+        code = command.run(parser.parse_args(words[1:] if name else words))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read standard output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -30,7 +30,13 @@ def convert_batchnorm(module: _Module) -> _Module:
 
 
 def revert_batchnorm(module: _Module) -> _Module:
-    """Undoes convert_batchnorm: makes every bnext batch norm in module torch's own again, in place; returns module."""
+    """Undoes convert_batchnorm: makes every bnext batch norm in module torch's own again, in place; returns module.
+
+    Layers that skip_nonfinite=True guarded, which torch's cannot, are named in a warning of the "bnext" logger.
+    """
+    guarded = [n or "(root)" for n, m in module.named_modules() if type(m) in _TO_TORCH and m.skip_nonfinite]
+    if guarded:
+        _log.warning("running statistics no longer guarded, as by skip_nonfinite=True: %s", ", ".join(guarded))
     return _reclass(module, _TO_TORCH)
 
 

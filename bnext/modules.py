@@ -1,6 +1,7 @@
 """BatchNorm1d/2d/3d: torch's modules with bnext's forward."""
 
 import types
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,8 +14,50 @@ from bnext.fallbacks import needs_torch, overrides_torch
 class _Forward(_BatchNorm):
     """The forward of torch's batch norm modules on bnext's ops; everything else about them is torch's.
 
-    No state of its own: an instance of torch's class becomes one of these by assigning __class__.
+    An instance of torch's class becomes one of these by assigning __class__: attributes added here have defaults.
     """
+
+    skip_nonfinite = False
+    __constants__ = (*_BatchNorm.__constants__, "skip_nonfinite")
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        """torch's arguments, and skip_nonfinite, which guards running_mean and running_var (pytorch#88474).
+
+        skip_nonfinite=True: a channel of a batch in which the mean or variance is not finite, as a number of the
+        buffers' dtype, leaves that channel's running statistics as they are. skipped_batches, an int64 buffer [C] that
+        no state_dict holds, counts such batches, from reset_running_stats() on. Output and num_batches_tracked are
+        torch's. Raises ValueError with track_running_stats=False; the forward in training raises NotImplementedError
+        where torch's own batch norm has to run (bnext/fallbacks.py).
+        """
+        newer = {} if bias else {"bias": False}  # some versions of torch do not have it
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
+        if skip_nonfinite:
+            if self.running_mean is None:
+                raise ValueError("skip_nonfinite=True guards running statistics: expected track_running_stats=True")
+            self.skip_nonfinite = True
+            skipped = torch.zeros_like(self.running_mean, dtype=torch.int64)
+            self.register_buffer("skipped_batches", skipped, persistent=False)
+
+    def reset_running_stats(self) -> None:
+        """torch's, and no skipped batches."""
+        super().reset_running_stats()
+        if self.skip_nonfinite:
+            self.skipped_batches.zero_()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ", skip_nonfinite=True" * self.skip_nonfinite
 
     # torch.jit.script compiles this in place of the forward below; a method needs a name of its own to be compiled.
     _torch_forward = types.FunctionType(_BatchNorm.forward.__code__, _BatchNorm.forward.__globals__, "_torch_forward")
@@ -22,6 +65,8 @@ class _Forward(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """input [N, C, *] -> [N, C, *], as torch's module of the same name, errors and side effects included."""
         if torch.jit.is_scripting():
+            if self.skip_nonfinite and self.training:
+                raise NotImplementedError("skip_nonfinite=True needs bnext's op: expected no training in TorchScript")
             return self._torch_forward(input)
         else:
             return _forward(self, input)
@@ -33,12 +78,19 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
     # Once each: torch takes most of a microsecond to find a parameter or buffer.
     weight, bias, running_mean, running_var = module.weight, module.bias, module.running_mean, module.running_var
     if overrides_torch(input) or needs_torch(input, weight, bias, running_mean, running_var):
+        if module.skip_nonfinite and module.training and module.track_running_stats:
+            raise NotImplementedError(
+                "skip_nonfinite=True needs bnext's op: expected no training under torch.func, torch.export, "
+                "torch.jit.trace, forward-mode AD or a __torch_function__"
+            )
         return _BatchNorm.forward(module, input)
     module._check_input_dim(input)
-    counter, momentum, training = None, module.momentum, bool(module.training)
+    counter, skipped, momentum, training = None, None, module.momentum, bool(module.training)
     if training:
         if module.track_running_stats:
             counter = module.num_batches_tracked
+            if module.skip_nonfinite:
+                skipped = module.skipped_batches
         else:
             running_mean = running_var = None
     else:
@@ -47,7 +99,9 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
         momentum = 0.0  # torch: without a counter to average by, the buffers stay
     before = None if counter is None else _version(counter)
     try:
-        return function.apply(input, weight, bias, running_mean, running_var, counter, training, momentum, module.eps)
+        return function.apply(
+            input, weight, bias, running_mean, running_var, counter, training, momentum, module.eps, skipped
+        )
     except Exception:
         if counter is not None and _version(counter) == before:
             counter.add_(1)  # torch counts a batch before it looks at it

@@ -4,6 +4,7 @@ from bnext.convert import convert_batchnorm, revert_batchnorm
 from bnext.function import BatchNormFunction
 from bnext.functional import batch_norm
 from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bnext.recalibrate import update_bn
 
 __version__ = "0.1.0"
 
@@ -15,4 +16,5 @@ __all__ = [
     "batch_norm",
     "convert_batchnorm",
     "revert_batchnorm",
+    "update_bn",
 ]

@@ -589,6 +589,32 @@ bnext/ops.py test_ops::test_meta_agrees_with_the_kernels
 - return torch.empty_like(input, memory_format=formats[input.dim()])
 + return torch.empty_like(input, memory_format=torch.contiguous_format)
 
+batches-merged-as-equals: update_bn takes no note of how many values a batch has
+bnext/reference.py test_recalibrate::test_of_batches_as_of_one
+- mean = a.mean + delta * (b.count / count)
++ mean = a.mean + delta / 2
+
+spread-of-batches-dropped: update_bn leaves out what the means of batches differ by
+bnext/reference.py test_recalibrate::test_of_batches_as_of_one
+-  + delta.square() * (a.count * b.count / count)
+
+modes-kept-after-an-error: where the loader fails, update_bn leaves the model as it was during the pass
+bnext/recalibrate.py test_recalibrate::test_after_an_error_all_is_as_before
+-     try:
+-         for change in changes:
+-             setattr(*change)
+-         yield
+-     finally:
++     for change in changes:
++         setattr(*change)
++     yield
++     if True:
+
+drawn-in-vain: update_bn draws one batch more than it is told to
+bnext/recalibrate.py test_recalibrate::test_no_batch_is_drawn_in_vain
+- islice(loader, num_batches)
++ (b for n, b in enumerate(loader) if num_batches is None or n < num_batches)
+
 convert-copies: convert_batchnorm copies the parameters
 bnext/convert.py test_convert::test_same_objects
 - layer.__class__ = classes[type(layer)]

@@ -10,6 +10,7 @@ try:
     from bnext.functional import batch_norm
     from bnext.inspect import bn_stats
     from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from bnext.recalibrate import update_bn
     from bnext.recomputation import checkpoint_context
 except Exception:
     # sys.argv while Python finds the module to run: python -m bnext goes on, to report what is wrong.
@@ -32,4 +33,5 @@ __all__ = [
     "is_cuda_available",
     "revert_batchnorm",
     "unfreeze_batchnorm",
+    "update_bn",
 ]

@@ -35,18 +35,19 @@ def convert_batchnorm(module: _Module) -> _Module:
 def revert_batchnorm(module: _Module) -> _Module:
     """Undoes convert_batchnorm: makes every bnext batch norm in module torch's own again, in place; returns module.
 
-    Raises ValueError, and changes nothing, where layers are frozen: torch's classes would thaw them in training.
+    Raises ValueError, and changes nothing, where layers are frozen: torch's classes would thaw them in training. Layers
+    that skip_nonfinite=True guarded, which torch's cannot, are named in a warning of the "bnext" logger.
     """
-    frozen = [
-        name or "(root)"
-        for name, layer in module.named_modules()
-        if type(layer) in _TO_TORCH and (layer.frozen_stats or layer.frozen_affine)
-    ]
+    layers = {name or "(root)": layer for name, layer in module.named_modules() if type(layer) in _TO_TORCH}
+    frozen = [name for name, layer in layers.items() if layer.frozen_stats or layer.frozen_affine]
     if frozen:
         raise ValueError(
             "revert_batchnorm: expected no frozen layers, since torch's classes do not stay frozen, got "
             f"{', '.join(frozen)}; unfreeze_batchnorm comes first"
         )
+    guarded = [name for name, layer in layers.items() if layer.skip_nonfinite]
+    if guarded:
+        _log.warning("running statistics no longer guarded, as by skip_nonfinite=True: %s", ", ".join(guarded))
     _warn(reclass(module, _TO_TORCH))
     return module
 

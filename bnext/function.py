@@ -19,12 +19,14 @@ from bnext.fallbacks import backward_needs_formula
 class BatchNormFunction(torch.autograd.Function):
     """y = (x - mean) / sqrt(var + eps) * weight + bias, per channel, with gradients for input, weight and bias.
 
-    apply(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps) -> output
+    apply(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+    skipped_batches=None) -> output
 
     input [N, C, *]; weight, bias, running_mean, running_var [C] or None; num_batches_tracked an int64 scalar or
     None. training=True takes mean and var from the batch, updates the running buffers and counts the batch, where
-    given; momentum=None then averages cumulatively. training=False takes them from the running buffers. Errors are
-    those of torch.nn.functional.batch_norm.
+    given; momentum=None then averages cumulatively. training=False takes them from the running buffers. With
+    skipped_batches, int64 [C], channels whose mean or var is not finite keep their running buffers and are counted
+    there. Errors are those of torch.nn.functional.batch_norm.
 
     What the backward needs of the statistics is saved, not read from the running buffers, which may have moved on.
     """
@@ -41,10 +43,11 @@ class BatchNormFunction(torch.autograd.Function):
         training: bool,
         momentum: float | None,
         eps: float,
+        skipped_batches: Tensor | None = None,
     ) -> Tensor:
         if training:
             output, mean, invstd = ops.batch_norm_train(
-                input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
+                input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, skipped_batches
             )
         else:
             output, mean, invstd = ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps)
@@ -56,13 +59,13 @@ class BatchNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 9
+            return (None,) * 10
         grad_input, grad_weight, grad_bias = backward(
             grad_output, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.needs_input_grad[:3]
         )
         if grad_bias is not None and grad_bias.shape != ctx.bias_shape:
             grad_bias = grad_bias.reshape(ctx.bias_shape)
-        return grad_input, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_input, grad_weight, grad_bias, *(None,) * 7
 
 
 def backward(
@@ -172,6 +175,7 @@ def apply(
     training: bool,
     momentum: float | None,
     eps: float,
+    skipped_batches: Tensor | None = None,
 ) -> Tensor:
     """BatchNormFunction.apply; by csrc/autograd.cpp, for speed, where nothing has to see Python call the ops.
 
@@ -189,8 +193,8 @@ def apply(
         _refuse_gradient("running_var", input, weight, bias)
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
     if torch.compiler.is_dynamo_compiling() or has_torch_function_variadic(*tensors):
-        return BatchNormFunction.apply(*tensors, training, momentum, eps)
-    return ops.batch_norm(*tensors, training, momentum, eps)
+        return BatchNormFunction.apply(*tensors, training, momentum, eps, skipped_batches)
+    return ops.batch_norm(*tensors, training, momentum, eps, skipped_batches)
 
 
 def _refuse_gradient(name: str, *differentiable: Tensor | None) -> None:

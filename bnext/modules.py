@@ -1,6 +1,7 @@
 """BatchNorm1d/2d/3d: torch's modules with bnext's forward."""
 
 import types
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,8 +24,40 @@ class _Forward(_BatchNorm):
     # Not annotated: torch.jit.script would look no further, and miss the annotations of torch's classes.
     frozen_stats = False
     frozen_affine = ()
+    skip_nonfinite = False
 
-    __constants__ = (*_BatchNorm.__constants__, "frozen_stats")  # torch.jit.script compiles one branch of forward
+    # torch.jit.script compiles one branch of forward
+    __constants__ = (*_BatchNorm.__constants__, "frozen_stats", "skip_nonfinite")
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        """torch's arguments, and skip_nonfinite, which guards running_mean and running_var (pytorch#88474).
+
+        skip_nonfinite=True: a channel of a batch in which the mean or variance is not finite, as a number of the
+        buffers' dtype, leaves that channel's running statistics as they are. skipped_batches, an int64 buffer [C] that
+        no state_dict holds, counts such batches, from reset_running_stats() on. Output and num_batches_tracked are
+        torch's. Raises ValueError with track_running_stats=False; the forward in training raises NotImplementedError
+        where torch's own batch norm has to run (bnext/fallbacks.py).
+        """
+        newer = {} if bias else {"bias": False}  # some versions of torch do not have it
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
+        if skip_nonfinite:
+            if self.running_mean is None:
+                raise ValueError("skip_nonfinite=True guards running statistics: expected track_running_stats=True")
+            self.skip_nonfinite = True
+            skipped = torch.zeros_like(self.running_mean, dtype=torch.int64)
+            self.register_buffer("skipped_batches", skipped, persistent=False)
 
     # torch.jit.script compiles this in place of the forward below; a method needs a name of its own to be compiled.
     _torch_forward = types.FunctionType(_BatchNorm.forward.__code__, _BatchNorm.forward.__globals__, "_torch_forward")
@@ -34,6 +67,8 @@ class _Forward(_BatchNorm):
         if torch.jit.is_scripting():
             if self.frozen_stats:
                 return self._torch_frozen_forward(input)
+            if self.skip_nonfinite and self.training:
+                raise NotImplementedError("skip_nonfinite=True needs bnext's op: expected no training in TorchScript")
             return self._torch_forward(input)
         else:
             return _forward(self, input)
@@ -46,13 +81,17 @@ class _Forward(_BatchNorm):
         )
 
     def reset_running_stats(self) -> None:
-        """As torch's, but frozen statistics stay."""
+        """As torch's, with skipped_batches; frozen statistics stay."""
         if not self.frozen_stats:
             super().reset_running_stats()
+            if self.skip_nonfinite:
+                self.skipped_batches.zero_()
 
     def extra_repr(self) -> str:
-        frozen = [f"{name}={getattr(self, name)}" for name in ("frozen_stats", "frozen_affine") if getattr(self, name)]
-        return ", ".join([super().extra_repr(), *frozen])
+        added = ("frozen_stats", "frozen_affine", "skip_nonfinite")
+        return ", ".join(
+            [super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in added if getattr(self, name))]
+        )
 
 
 def _forward(module: _Forward, input: Tensor) -> Tensor:
@@ -61,14 +100,16 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
     # Once each: torch takes most of a microsecond to find a parameter or buffer.
     weight, bias, running_mean, running_var = module.weight, module.bias, module.running_mean, module.running_var
     if overrides_torch(input) or needs_torch(input, weight, bias, running_mean, running_var):
-        return module._torch_frozen_forward(input) if module.frozen_stats else _BatchNorm.forward(module, input)
+        return _by_torch(module, input)
     module._check_input_dim(input)
-    counter, momentum, training = None, module.momentum, bool(module.training)
+    counter, skipped, momentum, training = None, None, module.momentum, bool(module.training)
     if module.frozen_stats:
         training = False
     elif training:
         if module.track_running_stats and not recomputation.active:
             counter = module.num_batches_tracked
+            if module.skip_nonfinite:
+                skipped = module.skipped_batches
         else:
             running_mean = running_var = None
     else:
@@ -77,11 +118,24 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
         momentum = 0.0  # torch: without a counter to average by, the buffers stay
     before = None if counter is None else _version(counter)
     try:
-        return function.apply(input, weight, bias, running_mean, running_var, counter, training, momentum, module.eps)
+        return function.apply(
+            input, weight, bias, running_mean, running_var, counter, training, momentum, module.eps, skipped
+        )
     except Exception:
         if counter is not None and _version(counter) == before:
             counter.add_(1)  # torch counts a batch before it looks at it
         raise
+
+
+def _by_torch(module: _Forward, input: Tensor) -> Tensor:
+    if module.frozen_stats:
+        return module._torch_frozen_forward(input)
+    if module.skip_nonfinite and module.training and module.track_running_stats:
+        raise NotImplementedError(
+            "skip_nonfinite=True needs bnext's op: expected no training under torch.func, torch.export, "
+            "torch.jit.trace, forward-mode AD or a __torch_function__"
+        )
+    return _BatchNorm.forward(module, input)
 
 
 def _leaf(module: _Forward, input: fx.Proxy) -> fx.Proxy:

@@ -86,8 +86,10 @@ def _(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     eps: float,
+    skipped_batches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    buffers = {"running_mean": running_mean, "running_var": running_var, "skipped_batches": skipped_batches}
+    check(input, weight=weight, bias=bias, **buffers)
     if num_batches_tracked is not None and num_batches_tracked.device != input.device:
         raise RuntimeError(f"expected num_batches_tracked to be on {input.device}, got {num_batches_tracked.device}")
     if input.dim() > 1 and _known(input.numel() == input.shape[1]) and _known(input.numel() > 0):

@@ -4,8 +4,26 @@ Ioffe & Szegedy 2015 as torch.nn.BatchNorm2d does it: the biased variance normal
 root; running_var keeps the unbiased one. Everything here is differentiable, in whatever dtype it is given.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of `count` values per channel: mean and m2 = sum((x - mean)^2), each [C]."""
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+
+
+def combine(a: Moments, b: Moments) -> Moments:
+    """Of a's values and b's together: Chan, Golub & LeVeque (1979)."""
+    count, delta = a.count + b.count, b.mean - a.mean
+    mean = a.mean + delta * (b.count / count)
+    return Moments(count, mean, a.m2 + b.m2 + delta.square() * (a.count * b.count / count))
 
 
 def _per_channel(t: Tensor, like: Tensor) -> Tensor:

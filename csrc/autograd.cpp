@@ -33,6 +33,7 @@ struct Rest {
   bool training;
   std::optional<double> momentum;
   double eps;
+  const OptTensor& skipped_batches;
 };
 
 // output, mean and invstd from the op that rest.training asks for. The ops have no autograd of their own, and torch's
@@ -41,10 +42,10 @@ ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTens
   const at::AutoDispatchBelowAutograd below;
   if (rest.training) {
     using Train = ThreeTensors(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&,
-                               const OptTensor&, std::optional<double>, double);
+                               const OptTensor&, std::optional<double>, double, const OptTensor&);
     static const auto train = op<Train>("bnext::batch_norm_train");
     return train.call(input, weight, bias, rest.running_mean, rest.running_var, rest.num_batches_tracked, rest.momentum,
-                      rest.eps);
+                      rest.eps, rest.skipped_batches);
   }
   using Eval = ThreeTensors(const Tensor&, const OptTensor&, const OptTensor&, const Tensor&, const Tensor&, double);
   static const auto eval = op<Eval>("bnext::batch_norm_eval");
@@ -119,8 +120,8 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
 
 Tensor batch_norm(const Tensor& input, const OptTensor& weight, const OptTensor& bias, const OptTensor& running_mean,
                   const OptTensor& running_var, const OptTensor& num_batches_tracked, bool training,
-                  std::optional<double> momentum, double eps) {
-  const Rest rest{running_mean, running_var, num_batches_tracked, training, momentum, eps};
+                  std::optional<double> momentum, double eps, const OptTensor& skipped_batches) {
+  const Rest rest{running_mean, running_var, num_batches_tracked, training, momentum, eps, skipped_batches};
   const auto wants_gradient = [](const OptTensor& t) { return has(t) && t->requires_grad(); };
   if (!at::GradMode::is_enabled() || !(input.requires_grad() || wants_gradient(weight) || wants_gradient(bias)))
     return std::get<0>(forward(input, weight, bias, rest));

@@ -12,6 +12,6 @@ at::Tensor batch_norm(const at::Tensor& input, const std::optional<at::Tensor>& 
                       const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                       const std::optional<at::Tensor>& running_var,
                       const std::optional<at::Tensor>& num_batches_tracked, bool training,
-                      std::optional<double> momentum, double eps);
+                      std::optional<double> momentum, double eps, const std::optional<at::Tensor>& skipped_batches);
 
 }  // namespace bnext

@@ -83,7 +83,7 @@ inline void arguments(const Tensor& x, const OptTensor& weight, const OptTensor&
 }
 
 inline void train(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const OptTensor& running_mean,
-                  const OptTensor& running_var, const OptTensor& counter, double eps) {
+                  const OptTensor& running_var, const OptTensor& counter, double eps, const OptTensor& skipped) {
   required("input", x);
   TORCH_CHECK_INDEX(x.dim() > 0, "expected input to have at least 2 dimensions (N, C, ...), got a scalar");
   int64_t count = x.size(0);
@@ -103,6 +103,9 @@ inline void train(const Tensor& x, const OptTensor& weight, const OptTensor& bia
     TORCH_CHECK(counter->device() == x.device(), "expected num_batches_tracked to be on ", x.device(),
                 " as input, got ", counter->device());
   }
+  channels("skipped_batches", skipped, x, at::kLong);
+  TORCH_CHECK(!has(skipped) || skipped->is_contiguous(), "expected skipped_batches to be contiguous, got strides ",
+              skipped->strides());
 }
 
 inline void eval(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& running_mean,

@@ -96,7 +96,7 @@ inline void set_counter(ForwardParams& p, const OptTensor& counter, std::optiona
 template <class Backend>
 ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTensor& bias, const OptTensor& running_mean,
                      const OptTensor& running_var, const OptTensor& counter, std::optional<double> momentum, double eps,
-                     bool training) {
+                     bool training, const OptTensor& skipped) {
   if (input.numel() == 0) {
     if (training && has(counter)) counter->add_(1);
     const auto zeros = [&] { return at::zeros({check::channel_count(input)}, stats_options(input)); };
@@ -123,6 +123,7 @@ ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTens
   p.eps = eps;
   p.training = training;
   if (training) set_counter(p, counter, momentum);
+  if (has(skipped)) p.skipped_batches = skipped->data_ptr<int64_t>();
   Backend::forward(p, x);
   if (training) {
     running_mean_.write_back(running_mean);
@@ -134,16 +135,18 @@ ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTens
 template <class Backend>
 ThreeTensors batch_norm_train(const Tensor& input, const OptTensor& weight, const OptTensor& bias,
                               const OptTensor& running_mean, const OptTensor& running_var,
-                              const OptTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
-  check::train(input, weight, bias, running_mean, running_var, num_batches_tracked, eps);
-  return forward<Backend>(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, true);
+                              const OptTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+                              const OptTensor& skipped_batches) {
+  check::train(input, weight, bias, running_mean, running_var, num_batches_tracked, eps, skipped_batches);
+  return forward<Backend>(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, true,
+                          skipped_batches);
 }
 
 template <class Backend>
 ThreeTensors batch_norm_eval(const Tensor& input, const OptTensor& weight, const OptTensor& bias,
                              const Tensor& running_mean, const Tensor& running_var, double eps) {
   check::eval(input, weight, bias, running_mean, running_var, eps);
-  return forward<Backend>(input, weight, bias, running_mean, running_var, {}, {}, eps, false);
+  return forward<Backend>(input, weight, bias, running_mean, running_var, {}, {}, eps, false, {});
 }
 
 template <class Backend>

@@ -75,9 +75,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of bnext: loading it registers torch.ops.bnext.";
   m.def("cpu_isa", &bnext::cpu::isa,
         "Instruction set of the CPU kernels: scalar, avx2, avx512 or avx512bf16; BNEXT_CPU_ISA forces one.");
-  m.def("batch_norm", torch::wrap_pybind_function_no_gil(&bnext::batch_norm),
-        "bnext.BatchNormFunction.apply of plain tensors: the same arguments, ops and gradients, by a node in C++.");
   using py::arg;
+  m.def("batch_norm", torch::wrap_pybind_function_no_gil(&bnext::batch_norm), arg("input"), arg("weight"), arg("bias"),
+        arg("running_mean"), arg("running_var"), arg("num_batches_tracked"), arg("training"), arg("momentum"),
+        arg("eps"), arg("skipped_batches") = py::none(),
+        "bnext.BatchNormFunction.apply of plain tensors: the same arguments, ops and gradients, by a node in C++.");
   m.def("cpu_plan", &cpu_plan, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"),
         arg("backward"), arg("threads"),
         "How the CPU kernels take a training step, as a dict. group: channels taken together, from a cache that holds "

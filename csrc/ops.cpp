@@ -6,11 +6,12 @@ TORCH_LIBRARY(bnext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   // input [N, C, *]; everything else [C], but num_batches_tracked, a scalar. Normalises by the batch's
   // statistics; updates the running buffers and the counter where given; momentum=None: by 1 /
-  // num_batches_tracked. Returns output, and the mean and invstd [C] used, for the backward.
+  // num_batches_tracked. Given skipped_batches, channels with statistics that are not finite keep their running ones,
+  // and are counted there. Returns output, and the mean and invstd [C] used, for the backward.
   m.def(
       "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) "
-      "-> (Tensor output, Tensor mean, Tensor invstd)",
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
+      "Tensor(d!)? skipped_batches=None) -> (Tensor output, Tensor mean, Tensor invstd)",
       tags);
   // Normalises by the running statistics; returns the same three.
   m.def(

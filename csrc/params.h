@@ -36,6 +36,7 @@ struct ForwardParams : Problem {
   void* running_mean;                 // [C] param_dtype, or null; read in evaluation, updated in training
   void* running_var;                  // [C] param_dtype, or null; as running_mean
   std::int64_t* num_batches_tracked;  // scalar, or null; incremented in training
+  std::int64_t* skipped_batches;      // [C], or null: a batch with statistics that are not finite is not skipped
   void* mean;                         // [C] the mean used, for the backward; float32, or float64 for float64
   void* invstd;                       // [C] 1 / sqrt(var + eps) as used; like mean
   double eps;

@@ -23,7 +23,8 @@ pytestmark = [
 ]
 
 # The tests of results; with --all, every test.
-PARITY = [f"tests/test_{name}.py" for name in ("forward", "backward", "running_stats", "errors", "ops", "module")]
+NAMES = ("forward", "backward", "running_stats", "guarded", "errors", "ops", "module")
+PARITY = [f"tests/test_{name}.py" for name in NAMES]
 # One barrier of each kind, a bound, a tail, the counter, alignment, traffic.
 CUT = {
     "barrier-in-warps",

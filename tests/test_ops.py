@@ -10,7 +10,7 @@ pytestmark = pytest.mark.bnext("torch.ops.bnext")
 
 ops = torch.ops.bnext
 SHAPES = [(4, 5), (3, 5, 7), (2, 5, 4, 3), (2, 3, 2, 3, 2), (0, 5, 4, 3)]
-GIVEN = [(), ("weight", "bias"), ("weight",), ("buffers",), ("weight", "bias", "buffers")]
+GIVEN = [(), ("weight", "bias"), ("weight",), ("buffers",), ("weight", "bias", "buffers"), ("buffers", "skipped")]
 MASKS = [[True] * 3, [True, False, False], [False, True, True], [False] * 3]
 QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")  # a fiftieth of the time of all
 LEAVES = ("input", "grad_output", "weight", "bias")
@@ -35,11 +35,12 @@ def opcheck(op, arguments, traced=False):
         torch.library.opcheck(op, tuple(leaves), test_utils=QUICK)
 
 
-def train_arguments(shape, dtypes, layout, given):
+def train_arguments(shape, dtypes, layout, given, momentum=0.1):
     a = channel_arguments(shape[1], dtypes[1])
     parameters = [a[k] if k in given else None for k in ("weight", "bias")]
     buffers = [a["running_mean"], a["running_var"], torch.tensor(3)] if "buffers" in given else [None] * 3
-    return values(shape, dtypes[0], layout), *parameters, *buffers
+    skipped = torch.zeros(shape[1], dtype=torch.int64) if "skipped" in given else None
+    return values(shape, dtypes[0], layout), *parameters, *buffers, momentum, 1e-5, skipped
 
 
 def eval_arguments(shape, dtypes, layout, affine):
@@ -61,7 +62,7 @@ def backward_arguments(shape, dtypes, layout, affine, training, mask):
 def test_opcheck_train(given, dtypes, layout):
     for shape in SHAPES:
         for momentum in (0.1, None):
-            opcheck(ops.batch_norm_train, (*train_arguments(shape, dtypes, layout, given), momentum, 1e-5))
+            opcheck(ops.batch_norm_train, train_arguments(shape, dtypes, layout, given, momentum))
 
 
 @by_layout
@@ -85,7 +86,7 @@ def test_opcheck_backward(mask, dtypes, layout):
 @by_shape
 def test_traced_train(shape, given):
     for dtypes, layout, momentum in ((DTYPES[0], "contiguous", 0.1), (DTYPES[-1], "channels_last", None)):
-        opcheck(ops.batch_norm_train, (*train_arguments(shape, dtypes, layout, given), momentum, 1e-5), traced=True)
+        opcheck(ops.batch_norm_train, train_arguments(shape, dtypes, layout, given, momentum), traced=True)
 
 
 @by_affine
@@ -108,15 +109,15 @@ def test_traced_backward(shape, mask):
 def test_meta_agrees_with_the_kernels(dtypes, layout):
     for shape in SHAPES:
         arguments = train_arguments(shape, dtypes, layout, ("weight", "bias", "buffers"))
-        real = ops.batch_norm_train(*arguments, 0.1, 1e-5)
-        meta = ops.batch_norm_train(*(t.to("meta") for t in arguments), 0.1, 1e-5)
+        real = ops.batch_norm_train(*arguments)
+        meta = ops.batch_norm_train(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in arguments))
         for r, m in zip(real, meta, strict=True):
             assert (r.shape, r.dtype, r.stride()) == (m.shape, m.dtype, m.stride())
 
 
 def test_schema_declares_what_is_written():
     written = [a.name for a in ops.batch_norm_train.default._schema.arguments if a.is_write]
-    assert written == ["running_mean", "running_var", "num_batches_tracked"]
+    assert written == ["running_mean", "running_var", "num_batches_tracked", "skipped_batches"]
     for op in (ops.batch_norm_eval.default, ops.batch_norm_backward.default):
         assert not op._schema.is_mutable
 
@@ -156,7 +157,8 @@ def test_counter_of_the_wrong_size(counter):
 def good_train():
     a = channel_arguments(5, torch.float32)
     x = values((2, 5, 4, 3), torch.float32)
-    return [x, a["weight"], a["bias"], a["running_mean"], a["running_var"], torch.tensor(3), 0.1, 1e-5]
+    buffers = [a["running_mean"], a["running_var"], torch.tensor(3)]
+    return [x, a["weight"], a["bias"], *buffers, 0.1, 1e-5, torch.zeros(5, dtype=torch.long)]
 
 
 def good_eval():
@@ -165,7 +167,7 @@ def good_eval():
 
 GOOD = {ops.batch_norm_train: good_train, ops.batch_norm_eval: good_eval, ops.batch_norm_backward: good_backward}
 TENSORS = [(op, i) for op, good in GOOD.items() for i, a in enumerate(good()) if isinstance(a, torch.Tensor)]
-OPTIONAL = {ops.batch_norm_train: (1, 2, 3, 4, 5), ops.batch_norm_eval: (1, 2), ops.batch_norm_backward: (2,)}
+OPTIONAL = {ops.batch_norm_train: (1, 2, 3, 4, 5, 8), ops.batch_norm_eval: (1, 2), ops.batch_norm_backward: (2,)}
 by_tensor = pytest.mark.parametrize(("op", "i"), TENSORS, ids=str)
 
 
@@ -219,6 +221,12 @@ def test_expanded_running_buffers(name):
     arguments = good_train()
     arguments[3 if name == "running_mean" else 4] = torch.ones(1).expand(5)
     assert "expanded" in refused(ops.batch_norm_train, arguments)
+
+
+def test_skipped_batches_with_gaps():
+    arguments = good_train()
+    arguments[8] = torch.zeros(10, dtype=torch.long)[::2]
+    assert "skipped_batches" in refused(ops.batch_norm_train, arguments, RuntimeError)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@
 // writes E.
 #pragma once
 
+#include "../running.h"
 #include "statistics.inl"
 
 namespace bnext::cpu::BNEXT_ISA {
@@ -88,14 +89,7 @@ void forward_finish(const ForwardParams& p, const Tiling& tiling, const Scratch&
       const Moments moments = get_moments<double>(scratch.partials + c, p.C);
       mean = moments.mean();
       var = math::biased_var(moments.m2, count);
-      if (p.running_mean) {
-        const auto update = [&](void* running, double batch) {
-          const double old = read<double>(running, p.param_dtype, c);
-          write(running, p.param_dtype, c, math::update_running(old, batch, factor));
-        };
-        update(p.running_mean, mean);
-        update(p.running_var, math::unbiased_var(moments.m2, count));
-      }
+      if (p.running_mean) update_running(p, c, mean, math::unbiased_var(moments.m2, count), factor);
     } else {
       mean = read<double>(p.running_mean, p.param_dtype, c);
       var = read<double>(p.running_var, p.param_dtype, c);

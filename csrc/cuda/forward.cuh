@@ -131,8 +131,7 @@ struct Forward {
       if (writes && p.running_mean) {
         const int64_t batches = p.cumulative ? *p.num_batches_tracked : 0;  // otherwise block 0 may be writing it
         const A factor = static_cast<A>(math::average_factor(p.cumulative, p.momentum, batches));
-        update(p.running_mean, c, mean, factor);
-        update(p.running_var, c, math::unbiased_var(m.m2, count), factor);
+        update_running(p, c, mean, math::unbiased_var(m.m2, count), factor);
       }
     } else {
       mean = read<A>(p.running_mean, p.param_dtype, c);
@@ -146,10 +145,6 @@ struct Forward {
     memory.factor(tile, kMean, j) = mean;
     memory.factor(tile, kScale, j) = p.weight ? read<A>(p.weight, p.param_dtype, c) * invstd : invstd;
     memory.factor(tile, kBias, j) = p.bias ? read<A>(p.bias, p.param_dtype, c) : A(0);
-  }
-
-  __device__ __forceinline__ void update(void* running, int64_t c, A batch, A factor) const {
-    write(running, p.param_dtype, c, math::update_running(read<A>(running, p.param_dtype, c), batch, factor));
   }
 };
 

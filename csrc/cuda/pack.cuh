@@ -7,6 +7,7 @@
 #define BNEXT_DEVICE __host__ __device__
 #include "../half.h"
 #include "../math.h"
+#include "../running.h"
 
 namespace bnext::cuda {
 

@@ -48,10 +48,12 @@ def _gpu(one_thread: None) -> Iterator[None]:
     emulated.reset()
 
 
-def train(x: Tensor, arguments: dict[str, Tensor], momentum: float | None = 0.1) -> tuple[Tensor, ...]:
+def train(
+    x: Tensor, arguments: dict[str, Tensor], momentum: float | None = 0.1, skipped: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Output, mean, invstd, running_mean, running_var and counter of one batch, on copies of the buffers."""
     buffers = [arguments["running_mean"].clone(), arguments["running_var"].clone(), torch.tensor(4)]
-    saved = bnext.ops.batch_norm_train(x, arguments["weight"], arguments["bias"], *buffers, momentum, 1e-5)
+    saved = bnext.ops.batch_norm_train(x, arguments["weight"], arguments["bias"], *buffers, momentum, 1e-5, skipped)
     return (*saved, *buffers)
 
 
@@ -135,6 +137,26 @@ def test_launches(layout, strategy, momentum, cooperative):
     bnext.ops.batch_norm_backward(x, x, arguments["weight"], *saved[1:], True, ALL)
     streams = emulated.module.planned()["strategy"] == "streaming"
     assert emulated.module.launches() - before == (2 if streams and not cooperative else 1)
+
+
+@by_layout
+@by_strategy
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
+def test_a_skipped_channel_is_counted_once(layout, strategy, momentum):
+    assert emulated.module is not None
+    emulated.module.force(strategy)
+    x, arguments = values((4, 8, 16, 16), torch.float32, layout), channel_arguments(8, torch.float32)
+    x[2, 3, 5, 7] = torch.nan
+    skipped, before = torch.zeros(8, dtype=torch.int64), emulated.module.launches()
+    found = []
+    for schedule, seed in SCHEDULES:
+        emulated.module.configure(schedule, seed, True)
+        found.append(list(train(x, arguments, momentum, skipped)[3:]))
+    assert emulated.module.launches() - before == len(SCHEDULES)
+    assert skipped.tolist() == [len(SCHEDULES) * (c == 3) for c in range(8)]
+    assert all(equal(found[0], other) for other in found[1:])
+    assert found[0][0][3] == arguments["running_mean"][3]
+    assert found[0][1][3] == arguments["running_var"][3]
 
 
 @by_layout

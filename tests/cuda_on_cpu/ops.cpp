@@ -38,6 +38,7 @@ void add_all(const ForwardParams& p) {
   add("running_mean", p.running_mean, params, true);
   add("running_var", p.running_var, params, true);
   add("num_batches_tracked", p.num_batches_tracked, 8, true);
+  add("skipped_batches", p.skipped_batches, p.C * 8, true);
   add("mean", p.mean, stats, false);
   add("invstd", p.invstd, stats, false);
 }

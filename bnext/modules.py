@@ -89,9 +89,8 @@ class _Forward(_BatchNorm):
 
     def extra_repr(self) -> str:
         added = ("frozen_stats", "frozen_affine", "skip_nonfinite")
-        return ", ".join(
-            [super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in added if getattr(self, name))]
-        )
+        said = [f"{name}={getattr(self, name)}" for name in added if getattr(self, name)]
+        return ", ".join([super().extra_repr(), *said])
 
 
 def _forward(module: _Forward, input: Tensor) -> Tensor:

@@ -658,22 +658,24 @@ bnext/convert.py test_convert::test_a_forward_of_its_own_is_left_alone_and_named
 
 revert-thaws: revert_batchnorm makes frozen layers torch's
 bnext/convert.py test_unfreeze::test_reverting_would_thaw_and_is_refused
-- (layer.frozen_stats or layer.frozen_affine)
-+ False
+- if layer.frozen_stats or layer.frozen_affine]
++ if False]
 
 frozen-trains: a frozen layer is in training as its flag says
 bnext/modules.py test_freeze::test_what_trains_and_what_stays
 - if module.frozen_stats:
+-         training = False
 + if False:
++         training = False
 
 frozen-thaws-in-fallbacks: torch's own forward runs of a frozen layer
 bnext/modules.py test_freeze::test_frozen_where_torchs_own_runs
-- module._torch_frozen_forward(input) if module.frozen_stats else _BatchNorm.forward(module, input)
-+ _BatchNorm.forward(module, input)
+- return module._torch_frozen_forward(input)
++ return _BatchNorm.forward(module, input)
 
 frozen-not-scripted: torch.jit.script is not told that frozen_stats is a constant of the class
 bnext/modules.py test_fallbacks::test_script
-- (*_BatchNorm.__constants__, "frozen_stats")
+- (*_BatchNorm.__constants__, "frozen_stats", "skip_nonfinite")
 + _BatchNorm.__constants__
 
 frozen-resets: reset_running_stats resets frozen statistics

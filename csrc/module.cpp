@@ -63,8 +63,9 @@ py::dict cpu_plan(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_
   const bnext::DType type = dtype_named(dtype);
   const bnext::Problem problem{N, C, S, layout, type, type};
   py::dict result;
-  result["group"] = bnext::cpu::group_channels(problem, true, true, backward ? 2 : 1, threads);
-  result["streaming"] = bnext::cpu::streams(problem);
+  const std::int64_t group = bnext::cpu::group_channels(problem, true, true, backward ? 2 : 1, threads);
+  result["group"] = group;
+  result["streaming"] = bnext::cpu::streams(problem, group);
   result["cache"] = bnext::cpu::last_level_cache();
   return result;
 }

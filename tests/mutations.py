@@ -405,22 +405,32 @@ csrc/cpu/common.inl test_forward::test_affine
 - if (i < end) map_rows
 + if (i < 0) map_rows
 
-end-of-plane-unwritten: elements past the last whole vector of a plane are not written
-csrc/cpu/common.inl test_forward::test_affine
-- write(std::false_type{}, size - kCount);
+end-of-piece-unwritten: elements past the last whole vector of a plane's first or last line are not written
+csrc/cpu/common.inl@avx512 test_backward::test_tails_of_planes
+- write(size - kLanes);
 
-end-of-small-plane-unwritten: the same of a plane that is smaller than what is otherwise taken at once
+small-planes-unwritten: of planes smaller than a vector only the first is written
+csrc/cpu/common.inl test_backward::test_tails_of_planes
+- return piecewise(0, runs * size);
++ return piecewise(0, size);
+
+heads-unwritten: what lies before the first whole line is not written
+csrc/cpu/common.inl test_backward::test_tails_of_planes
+- piecewise(0, head);
+
+tails-unwritten: what lies behind the last whole line is not written
+csrc/cpu/common.inl test_backward::test_tails_of_planes
+- piecewise(done, runs * size);
+
+factors-of-the-plane-before: a vector with the end of a plane and the beginning of the next has the first one's factors
+csrc/cpu/common.inl test_backward::test_tails_of_planes
+- ends ? factor[v][j] : of_run_to_all(j)
++ (void(ends), factor[v][j])
+
+odd-elements-as-even: where a plane ends, elements at odd places are taken for those before them
 csrc/cpu/common.inl@avx512bf16 test_backward::test_tails_of_planes
-- {int64_t(0), size - kLanes}
-+ {int64_t(0)}
-
-streamed-head-unwritten: what lies before the first whole line of a plane is not written where others are streamed
-csrc/cpu/common.inl test_isa::test_neither_writing_past_the_caches_nor_their_size_is_seen_in_a_bit
-- map_run<false, factor_count>(factors, head, ahead, f, out, in...);
-
-streamed-tail-unwritten: what lies behind the last whole line of a plane is not written where others are streamed
-csrc/cpu/common.inl test_isa::test_neither_writing_past_the_caches_nor_their_size_is_seen_in_a_bit
-- map_run<false, factor_count>(factors, size - done, ahead, f, out + done, in + done...);
+- element + static_cast<Lane>(v) <
++ element <
 
 denormals-flushed: bfloat16's instructions write denormals, which they take for zeros
 csrc/cpu/vec.h@avx512bf16 test_forward::test_every_half_value

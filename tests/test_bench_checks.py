@@ -115,6 +115,7 @@ show("fwd", "nchw", (4, 6, 5, 3))
 show("fwd", "nchw", (4, 6, 5, 3), 2)
 show("fwd_bwd", "nchw", (32, 64, 56, 56))
 show("fwd", "nchw", (32, 1024, 14, 14))
+show("fwd", "nchw", (32, 8192, 5, 5))
 show("fwd", "nhwc", (32, 64, 56, 56))
 show("bwd", "nhwc", (32, 64, 56, 56))
 show("bwd", "nhwc", (32, 64, 7, 7))
@@ -136,7 +137,8 @@ def test_what_bnext_chooses():
         "by 6 channels; 2",
         "two steps; 2",  # too few channels for two threads
         "by 5 channels, streaming; by 2 channels, streaming; 5",
-        "by 83 channels; 2",  # planes that are no whole lines are not streamed
+        "by 83 channels, streaming; 2",
+        "by 655 channels; 2",  # planes of few elements are not streamed
         "two steps, streaming; 3",
         "two steps, streaming; 5",
         "two steps; 3",

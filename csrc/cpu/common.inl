@@ -73,33 +73,66 @@ void put_factors(const Problem& p, const Scratch& scratch, int64_t c, const Comp
 
 constexpr int64_t kAhead = 16384;  // bytes from what is read to what is asked for
 
-// out[i] = f(factors, in[i]...) for i in [0, size). Only whole lines are written past the caches: to mix
-// both ways of writing within one is slow. `ahead` elements further on is what will be wanted soon, unless 0.
-template <bool streaming, int factor_count, class A, class F, class T, class... In>
-void map_run(const A* factors, int64_t size, int64_t ahead, F f, T* out, const In*... in) {
-  constexpr int64_t kLanes = lanes<A>, kCount = parts<A, T> * kLanes, kInLine = kLine / sizeof(T);
-  A factor[factor_count];
-  std::copy_n(factors, factor_count, factor);
-  const auto write = [&](auto past, int64_t i) {
-    if (ahead != 0) (prefetch<kCount>(in + i + ahead), ...);
-    Vec<A, lanes<A>> result[parts<A, T>];
-    unrolled<parts<A, T>>([&](auto v) { result[v] = f(factor, load_part<A, v>(in + i)...); });
-    store_parts<past>(out + i, result);
-  };
-  if constexpr (streaming) {
-    const int64_t head = std::min<int64_t>(size, -reinterpret_cast<std::uintptr_t>(out) % kLine / sizeof(T));
-    const int64_t lines = (size - head) / kInLine * kInLine, done = head + lines;
-    map_run<false, factor_count>(factors, head, ahead, f, out, in...);
-    for (int64_t i = head; i < done; i += kCount) write(std::true_type{}, i);
-    map_run<false, factor_count>(factors, size - done, ahead, f, out + done, in + done...);
-  } else if (size >= kCount) {
-    for (int64_t i = 0; i + kCount <= size; i += kCount) write(std::false_type{}, i);
-    write(std::false_type{}, size - kCount);  // may overlap the one before
-  } else if (size >= kLanes) {
-    for (int64_t i : {int64_t(0), size - kLanes}) store<false>(out + i, f(factor, load<A>(in + i)...));
-  } else {
-    for (int64_t i = 0; i < size; ++i) out[i] = from_float<T>(f(factor, static_cast<A>(to_float(in[i]))...));
+// out[i] = f(factors, in[i]...) for i in [0, size).
+template <int factor_count, class A, class F, class T, class... In>
+void map_one(const A* factors, int64_t size, F f, T* out, const In*... in) {
+  constexpr int64_t kLanes = lanes<A>;
+  if (size < kLanes) {
+    for (int64_t i = 0; i < size; ++i) out[i] = from_float<T>(f(factors, static_cast<A>(to_float(in[i]))...));
+    return;
   }
+  const auto write = [&](int64_t i) { store<false>(out + i, f(factors, load<A>(in + i)...)); };
+  for (int64_t i = 0; i + kLanes <= size; i += kLanes) write(i);
+  write(size - kLanes);  // may overlap the one before
+}
+
+// The same for `runs` runs of `size` elements, one behind the other, each with factors of its own. Stores are of whole
+// vectors that lie within a line of the caches, runs or no runs; only whole lines are written past the caches, since to
+// mix both ways of writing within one is slow. `ahead` elements further on is what will be wanted soon, unless 0.
+template <bool streaming, int factor_count, class A, class F, class T, class... In>
+void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, T* out, const In*... in) {
+  constexpr int kLanes = lanes<A>, kParts = parts<A, T>;
+  constexpr int64_t kCount = kParts * kLanes, kInLine = kLine / sizeof(T);
+  using Lane = std::conditional_t<std::is_same_v<A, float>, std::int32_t, int64_t>;
+  Vec<Lane, kLanes> element;  // that lanes of part 0 have
+  for (int lane = 0; lane < kLanes; ++lane) element[lane] = lane * kParts;
+  const auto piecewise = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin, next; i < end; i = next) {
+      next = std::min(end, (i / size + 1) * size);
+      map_one<factor_count>(factors + i / size * factor_count, next - i, f, out + i, in + i...);
+    }
+  };
+  if (size < kCount) return piecewise(0, runs * size);  // more than two runs to a vector
+  const int64_t head = std::min<int64_t>(runs * size, -reinterpret_cast<std::uintptr_t>(out) % kLine / sizeof(T));
+  const int64_t done = head + (runs * size - head) / kInLine * kInLine;
+  piecewise(0, head);
+  Vec<A, kLanes> factor[kParts][factor_count];
+  const auto write = [&](int64_t i) __attribute__((always_inline)) {
+    if (ahead != 0) (prefetch<kCount>(in + i + ahead), ...);
+    Vec<A, kLanes> result[kParts];
+    unrolled<kParts>([&](auto v) { result[v] = f(factor[v], load_part<A, v>(in + i)...); });
+    store_parts<streaming>(out + i, result);
+  };
+  const A* of_run = factors + head / size * factor_count;
+  const auto of_run_to_all = [&](int j) { return of_run[j] - Vec<A, kLanes>{}; };  // -0 too
+  int64_t i = head, left = size - head % size;                                     // of the run
+  while (i < done) {
+    unrolled<kParts>([&](auto v) { unrolled<factor_count>([&](auto j) { factor[v][j] = of_run_to_all(j); }); });
+    const int64_t whole = std::min(left, done - i) / kCount * kCount;
+    for (const int64_t end = i + whole; i < end; i += kCount) write(i);
+    if (i == done) break;
+    // A vector with the end of this run, or nothing of it, and the beginning of the next.
+    left -= whole;
+    of_run += factor_count;
+    unrolled<kParts>([&](auto v) {
+      const auto ends = element + static_cast<Lane>(v) < static_cast<Lane>(left);
+      unrolled<factor_count>([&](auto j) { factor[v][j] = ends ? factor[v][j] : of_run_to_all(j); });
+    });
+    write(i);
+    i += kCount;
+    left += size - kCount;
+  }
+  piecewise(done, runs * size);
 }
 
 // The same for `rows` rows of `width` elements, side by side, so that factors are loaded once for all: column c is
@@ -124,7 +157,7 @@ void map_rows(const A* factors, int64_t width, F f, T* out, const In*... in) {
   for (; c < width; ++c) {
     A factor[factor_count];
     for (int j = 0; j < factor_count; ++j) factor[j] = factors[factor_at<T, factor_count>(j, c)];
-    for (int64_t i = c; i < rows * width; i += width) map_run<false, factor_count>(factor, 1, 0, f, out + i, in + i...);
+    for (int64_t i = c; i < rows * width; i += width) map_one<factor_count>(factor, 1, f, out + i, in + i...);
   }
 }
 
@@ -139,9 +172,10 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
     const int64_t ahead = grouped ? (channels.end - channels.begin) * p.S : 0;
     for (int64_t value = values.begin; value < values.end;) {
       const int64_t n = value / p.S, s = value % p.S, size = std::min(p.S - s, values.end - value);
-      for (int64_t c = channels.begin; c < channels.end; ++c) {
+      const int64_t together = size == p.S ? channels.end - channels.begin : 1;  // planes
+      for (int64_t c = channels.begin; c < channels.end; c += together) {
         const int64_t i = (n * p.C + c) * p.S + s;
-        map_run<streaming, factor_count>(factors + c * factor_count, size, ahead, f, out + i, in + i...);
+        map_runs<streaming, factor_count>(factors + c * factor_count, together, size, ahead, f, out + i, in + i...);
       }
       value += size;
     }
@@ -158,7 +192,7 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
 
 template <class T, int factor_count, class F, class... In>
 void map(const Problem& p, const Scratch& scratch, Range channels, Range values, F f, T* out, const In*... in) {
-  // streams() wants planes and rows of whole lines, or long planes; whole lines must begin as such.
+  // streams() wants rows of whole lines, which must begin as such.
   const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(out + values.begin * p.C);
   if (scratch.streaming && (begin % kLine == 0 || p.layout == Layout::planar)) {
     map_in_order<true, T, factor_count>(p, scratch, channels, values, f, out, in...);

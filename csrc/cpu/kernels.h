@@ -50,8 +50,9 @@ constexpr std::int64_t kLine = 64;  // bytes of a cache line
 std::int64_t last_level_cache();
 
 // Whether output is better written past the caches: it exceeds an eighth of the last one, which others use too, and
-// planes or rows are whole cache lines, or planes so long that the lines at their ends do not count.
-bool streams(const Problem& p);
+// rows are whole cache lines, or what the planes of a group have contiguous is so long that the lines at its ends do
+// not count.
+bool streams(const Problem& p, std::int64_t group);
 
 struct Range {
   std::int64_t begin, end;

@@ -93,12 +93,11 @@ std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int te
   return std::max<std::int64_t>(1, held / (tensors * p.count() * itemsize(p.dtype)));
 }
 
-bool streams(const Problem& p) {
-  constexpr std::int64_t kLongPlane = 1024;
-  const bool planar = p.layout == Layout::planar;
-  const bool lines = (planar ? p.S : Row(p.C).width()) * itemsize(p.dtype) % kLine == 0;
+bool streams(const Problem& p, std::int64_t group) {
+  constexpr std::int64_t kLongRun = 1024, kPlane = 32;  // elements
   const bool large = 8 * p.C * p.count() * itemsize(p.dtype) > last_level_cache();
-  return large && (lines || (planar && p.S >= kLongPlane));
+  if (p.layout == Layout::channels_last) return large && Row(p.C).width() * itemsize(p.dtype) % kLine == 0;
+  return large && p.S >= kPlane && (group ? group : p.C) * p.S >= kLongRun;
 }
 
 }  // namespace bnext::cpu

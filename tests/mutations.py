@@ -339,13 +339,13 @@ csrc/cpu/pairs.inl@avx512bf16 test_forward::test_affine
 + kAll : (__mmask32(1) << (count - 1)) - 1
 
 pairs-end-kept: what a plane's end adds to short sums never comes to the total
-csrc/cpu/pairs.inl@avx512bf16 test_forward::test_affine
+csrc/cpu/pairs.inl@avx512bf16 test_backward::test_tails_of_planes
 -     sums.add(end);
 -     sums_ = sums;
 +     sums_ = sums;
 
 pairs-end-forgotten: what planes' ends add to a short sum is dropped when that is full
-csrc/cpu/pairs.inl@avx512bf16 test_forward::test_affine
+csrc/cpu/pairs.inl@avx512bf16 test_backward::test_tails_of_planes
 -         sums.add(end);
 -         end = {};
 +         end = {};
@@ -406,7 +406,7 @@ csrc/cpu/common.inl test_forward::test_affine
 + if (i < 0) map_rows
 
 end-of-piece-unwritten: elements past the last whole vector of a plane's first or last line are not written
-csrc/cpu/common.inl@avx512 test_backward::test_tails_of_planes
+csrc/cpu/common.inl test_backward::test_tails_of_planes
 - write(size - kLanes);
 
 small-planes-unwritten: of planes smaller than a vector only the first is written

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import assert_same_state, bring_into_use, modules, norms, values
-from torch import distributed, nn
+from ranks import in_two_ranks
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel, replicate
 from torch.testing import assert_close
 
@@ -28,8 +29,6 @@ def batch(n=4):
 
 
 def train_in_a_process(rank, folder, models, batches):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     for name, model in models.items():
         model = copy.deepcopy(model)  # what is sent to a process is shared with it
         parallel = DistributedDataParallel(model)
@@ -37,14 +36,13 @@ def train_in_a_process(rank, folder, models, batches):
             parallel.zero_grad()
             parallel(x).square().sum().backward()
         torch.save([model, [p.grad for p in model.parameters()]], f"{folder}/{name}{rank}")
-    distributed.destroy_process_group()
 
 
 @pytest.mark.only("cpu", "over gloo")
 def test_distributed_data_parallel(tmp_path):
     models = dict(zip(("ours", "theirs"), networks(), strict=True))
     batches = [[batch(), batch(2), batch(3)] for _ in range(2)]
-    torch.multiprocessing.spawn(train_in_a_process, (tmp_path, models, batches), nprocs=2)
+    in_two_ranks(train_in_a_process, tmp_path, models, batches)
     grads = []
     for rank in range(2):
         (ours, found), (theirs, expected) = (torch.load(tmp_path / f"{n}{rank}", weights_only=False) for n in models)

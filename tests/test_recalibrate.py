@@ -3,11 +3,11 @@
 import copy
 import itertools
 import logging
-import os
 
 import pytest
 import torch
 from helpers import HALF, WIDE, by_layout, float_id, modules, norms, values
+from ranks import in_two_ranks
 from torch import distributed, nn
 from torch.optim import swa_utils
 from torch.testing import assert_close
@@ -284,9 +284,7 @@ def test_a_compiled_model_is_not_compiled_for_it():
 
 
 def of_one_rank(rank, folder):
-    torch.set_num_threads(1)
     torch.manual_seed(0)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     data, found = batches(5, 4, 6), {}
     for name, mine in {"some": data[rank::2], "none": [] if rank else data, "nobody": []}.items():
         norm = bnext.BatchNorm2d(5).double()
@@ -296,13 +294,11 @@ def of_one_rank(rank, folder):
         except ValueError as error:
             found[name] = str(error)
     torch.save(found, folder / f"{rank}.pt")
-    distributed.barrier()
-    os._exit(0)  # gloo's threads now and then abort a process that ends in the usual way
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without torch.distributed")
 def test_ranks_are_combined(tmp_path):
-    torch.multiprocessing.spawn(of_one_rank, args=(tmp_path,), nprocs=2)
+    in_two_ranks(of_one_rank, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.manual_seed(0)
     whole = torch.cat(batches(5, 4, 6))

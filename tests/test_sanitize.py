@@ -30,13 +30,13 @@ FAULTS = {
     "AddressSanitizer: heap-buffer-overflow": """
 write-past-the-end: the elementwise pass writes an element too many
 csrc/cpu/common.inl test_forward::test_affine
-- out[i] = from_float<T>(f(factor, static_cast<A>(to_float(in[i]))...));
-+ out[i] = out[i + 1] = from_float<T>(f(factor, static_cast<A>(to_float(in[i]))...));
+- out[i] = from_float<T>(f(factors, static_cast<A>(to_float(in[i]))...));
++ out[i] = out[i + 1] = from_float<T>(f(factors, static_cast<A>(to_float(in[i]))...));
 
 read-past-the-end: the last sum of a run takes four whole vectors
 csrc/cpu/reduce.inl test_forward::test_affine
-- for (; i + 4 * kSlots <= count; i += 4 * kSlots)
-+ for (; i < count; i += 4 * kSlots)
+- for (; i + 4 * kSlots <= size; i += 4 * kSlots)
++ for (; i < size; i += 4 * kSlots)
 """,
     "runtime error: signed integer overflow": """
 count-in-32-bits: the number of values goes through a product of 32 bits

@@ -180,6 +180,8 @@ def _write(layers: dict[str, _BatchNorm], seen: dict[str, _Seen]) -> None:
             values.append((buffer, value))
         if layer.num_batches_tracked is not None:
             values.append((layer.num_batches_tracked, torch.tensor(seen[name].calls)))
+        if (skipped := getattr(layer, "skipped_batches", None)) is not None:
+            values.append((skipped, torch.tensor(0)))
     for buffer, value in values:
         buffer.copy_(value)
     if unseen := [name for name in layers if seen[name].moments is None]:

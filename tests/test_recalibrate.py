@@ -258,6 +258,16 @@ def test_what_is_frozen_or_does_not_track_is_left_alone():
     assert tracked.num_batches_tracked == 2 * len(SIZES)
 
 
+def test_a_guarded_layer_counts_from_then_on():
+    norm, data = bnext.BatchNorm2d(5, skip_nonfinite=True).double(), batches(5, 4, 6)
+    norm(data[0] * torch.nan)
+    with pytest.raises(ValueError, match="inf or NaN"):
+        bnext.update_bn([data[0] * torch.nan], norm)
+    assert norm.skipped_batches.tolist() == [1] * 5
+    bnext.update_bn(data, norm)
+    assert not norm.skipped_batches.any()
+
+
 def test_what_saw_nothing_is_left_alone_and_named(caplog):
     class Model(nn.Module):
         def __init__(self):

@@ -121,7 +121,8 @@ def _moments(input: Tensor) -> Moments:
 def _measuring(model: nn.Module, layers: dict[str, _BatchNorm], seen: dict[str, _Seen]) -> Iterator[None]:
     """Layers normalise by the batch, leave their buffers alone and show their inputs; all else is in evaluation."""
     measured = set(layers.values())
-    changes = [(module, "training", module in measured) for module in model.modules()]
+    with_modes = [module for module in model.modules() if hasattr(module, "training")]  # torch.jit.freeze takes it away
+    changes = [(module, "training", module in measured) for module in with_modes]
     changes += [(layer, "track_running_stats", False) for layer in measured]
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     hooks = []

@@ -308,6 +308,14 @@ def test_a_compiled_model_is_not_compiled_for_it():
         assert_statistics_of(norm, x)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_part_frozen_by_torchscript_has_no_mode():
+    norm, data = bnext.BatchNorm2d(5).double(), batches(5, 4, 6)
+    script = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Dropout()).eval()))
+    bnext.update_bn(data, nn.Sequential(norm, script))
+    assert_statistics_of(norm, torch.cat(data))
+
+
 def of_one_rank(rank, folder):
     torch.set_num_threads(1)
     torch.manual_seed(0)

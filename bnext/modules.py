@@ -1,6 +1,7 @@
 """BatchNorm1d/2d/3d: torch's modules with bnext's forward."""
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,8 +57,10 @@ class _Forward(_BatchNorm):
             if self.running_mean is None:
                 raise ValueError("skip_nonfinite=True guards running statistics: expected track_running_stats=True")
             self.skip_nonfinite = True
-            skipped = torch.zeros_like(self.running_mean, dtype=torch.int64)
-            self.register_buffer("skipped_batches", skipped, persistent=False)
+            self.register_buffer("skipped_batches", self._no_skipped_batches(), persistent=False)
+
+    def _no_skipped_batches(self) -> Tensor:
+        return torch.zeros_like(self.running_mean, dtype=torch.int64)
 
     # torch.jit.script compiles this in place of the forward below; a method needs a name of its own to be compiled.
     _torch_forward = types.FunctionType(_BatchNorm.forward.__code__, _BatchNorm.forward.__globals__, "_torch_forward")
@@ -86,6 +89,22 @@ class _Forward(_BatchNorm):
             super().reset_running_stats()
             if self.skip_nonfinite:
                 self.skipped_batches.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Forward":
+        """As torch's, but skipped_batches stays int64 (type() casts all), and is 0 where it leaves the meta device."""
+        before = getattr(self, "skipped_batches", None)
+        super()._apply(fn, recurse)
+        if before is not None:
+            self.skipped_batches = self.skipped_batches.long()
+            if before.is_meta and not self.skipped_batches.is_meta:
+                self.skipped_batches.zero_()  # load_state_dict() would not
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """As torch's; with assign=True a layer leaves the meta device by it."""
+        super()._load_from_state_dict(*args)
+        if (count := getattr(self, "skipped_batches", None)) is not None and count.is_meta:
+            self.skipped_batches = self._no_skipped_batches()
 
     def extra_repr(self) -> str:
         added = ("frozen_stats", "frozen_affine", "skip_nonfinite")

@@ -42,6 +42,7 @@ def update_bn(
     forward(model, batch) is. device: where the tensors of a batch are moved to first. num_batches: after how many
     to stop.
 
+    Where a batch is one value per channel, which torch refuses in training, that is normalised to 0, as by itself.
     Layers that saw no values keep their statistics, and a warning of the "bnext" logger names them. Raises ValueError
     for no batches, for statistics that are not finite, for num_batches below 1 and for a lazy layer that knows no
     channels yet; TypeError for a batch that needs forward.
@@ -77,15 +78,28 @@ def _is_measured(layer: nn.Module) -> bool:
 
 
 class _Seen:
-    """What a layer was given: how often, and the moments of it all, None of nothing. Gathers as the layer's hook."""
+    """What a layer was given: how often, and the moments of it all, None of nothing. Gathers in the layer's hooks."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.moments: Moments | None = None
+        self.twice = False
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
+    def before(self, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """One value per channel comes twice: torch refuses to normalise it alone, and it becomes 0 either way."""
         input = args[0] if args else keywords["input"]
+        alone = input.dim() > 1 and input.shape[1] == input.numel() > 0
+        self.twice = alone and not isinstance(layer, nn.SyncBatchNorm)  # beside which are other ranks' values
+        if not self.twice:
+            return None
+        input = torch.cat([input, input])
+        return ((input, *args[1:]), keywords) if args else ((), {**keywords, "input": input})
+
+    def after(self, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> Any:
+        input = args[0] if args else keywords["input"]
+        input = input[:1] if self.twice else input
         self.add(1, _moments(input) if input.numel() > 0 else None)
+        return output[:1] if self.twice else None
 
     def add(self, calls: int, moments: Moments | None) -> None:
         self.calls += calls
@@ -107,10 +121,14 @@ def _moments(input: Tensor) -> Moments:
 def _measuring(model: nn.Module, layers: dict[str, _BatchNorm], seen: dict[str, _Seen]) -> Iterator[None]:
     """Layers normalise by the batch, leave their buffers alone and show their inputs; all else is in evaluation."""
     measured = set(layers.values())
-    changes = [(module, "training", module in measured) for module in model.modules()]
+    with_modes = [module for module in model.modules() if hasattr(module, "training")]  # torch.jit.freeze takes it away
+    changes = [(module, "training", module in measured) for module in with_modes]
     changes += [(layer, "track_running_stats", False) for layer in measured]
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
-    hooks = [layer.register_forward_hook(seen[name], with_kwargs=True) for name, layer in layers.items()]
+    hooks = []
+    for name, layer in layers.items():  # nearest to the layer's forward, on both sides
+        hooks.append(layer.register_forward_pre_hook(seen[name].before, with_kwargs=True))
+        hooks.append(layer.register_forward_hook(seen[name].after, prepend=True, with_kwargs=True))
     try:
         for change in changes:
             setattr(*change)
@@ -163,6 +181,8 @@ def _write(layers: dict[str, _BatchNorm], seen: dict[str, _Seen]) -> None:
             values.append((buffer, value))
         if layer.num_batches_tracked is not None:
             values.append((layer.num_batches_tracked, torch.tensor(seen[name].calls)))
+        if (skipped := getattr(layer, "skipped_batches", None)) is not None:
+            values.append((skipped, torch.tensor(0)))
     for buffer, value in values:
         buffer.copy_(value)
     if unseen := [name for name in layers if seen[name].moments is None]:

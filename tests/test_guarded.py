@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import by_dtypes, by_layout, layers, modules, torch_ops, values
+from helpers import DEVICE, by_dtypes, by_layout, layers, modules, torch_ops, values
 from torch import nn
 from torch.func import functional_call, grad
 
@@ -134,6 +134,30 @@ def test_a_layer_moves_with_its_count():
     assert layer.skipped_batches.dtype == torch.int64
     skipped = torch.nn.utils.skip_init(bnext.BatchNorm2d, 5, skip_nonfinite=True).skipped_batches
     assert skipped.shape == (5,)
+
+
+FROM_META = {
+    "to_empty": lambda layer, state: layer.to_empty(device=DEVICE).load_state_dict(state),
+    "assign=True": lambda layer, state: layer.load_state_dict(state, assign=True),
+}
+
+
+@pytest.mark.parametrize("way", FROM_META)
+def test_a_count_that_leaves_the_meta_device_is_0(way, monkeypatch):
+    """No state_dict holds it, so that nothing else would give it a value."""
+    monkeypatch.setattr(torch, "empty_like", lambda t, **keywords: torch.full_like(t, 7, **keywords))
+    layer = guarded(device="meta")
+    FROM_META[way](layer, pair()[1].state_dict())
+    layer(poisoned())
+    assert layer.skipped_batches.tolist() == [0, 1, 1, 1, 1]
+
+
+def test_a_layer_whose_type_is_changed():
+    """type() casts every buffer, num_batches_tracked too; torch's go on."""
+    layer = guarded()
+    layer(poisoned())
+    layer.type(torch.float64)(poisoned(dtypes=(torch.float64,) * 2))
+    assert layer.skipped_batches.tolist() == [0, 2, 2, 2, 2]
 
 
 def test_compiled():

@@ -154,7 +154,7 @@ ERRORS = {
     "forward": (([good],), {"forward": broken_model}, OSError, "the model is gone"),
     "no batches": (([],), {}, ValueError, "at least one batch, got none"),
     "num_batches": (([good],), {"num_batches": 0}, ValueError, "num_batches to be at least 1, or None for all, got 0"),
-    "one value": (([good, good[:1, :, :3, :3]],), {}, ValueError, "more than 1 value per channel"),
+    "one value": (([good[:1, :, :3, :3]],), {}, ValueError, "inf or NaN in running_var of 1"),
     "NaN": (([good, good * torch.nan],), {}, ValueError, "inf or NaN in running_mean of 1"),
     "channels": (([good, good[:, :2]],), {}, RuntimeError, "channels"),
     "a dict": (([{"image": good}],), {}, TypeError, "got dict: say how to call the model by forward="),
@@ -217,16 +217,31 @@ def test_an_empty_batch_is_a_batch_of_nothing():
     assert norm.num_batches_tracked == 3
 
 
+@pytest.mark.parametrize("name", ["bnext", "torch"])
+@pytest.mark.parametrize("call", [lambda norm, x: norm(x), lambda norm, x: norm(input=x)], ids=["", "keyword"])
+def test_a_batch_of_one_value_per_channel(name, call):
+    """As a loader's last may be, which torch refuses in training: normalised by itself it is 0, and it counts."""
+    data, outputs = batches(5), []
+    norm = nn.BatchNorm1d(5).double()
+    nn.init.uniform_(norm.bias)
+    if name == "bnext":
+        bnext.convert_batchnorm(norm)
+    norm.register_forward_hook(lambda *hooked: outputs.append(hooked[-1]))
+    bnext.update_bn(data, norm, forward=call)
+    assert_statistics_of(norm, torch.cat(data))
+    assert norm.num_batches_tracked == len(SIZES)
+    assert [y.shape for y in outputs] == [x.shape for x in data]
+    assert_close(outputs[1][0], norm.bias.detach())
+
+
 def test_the_rest_predicts():
     """Dropout is off, as it is when the statistics are used; torch's leaves it on."""
     norm, data = bnext.BatchNorm1d(5).double(), batches(5)
     model = nn.Sequential(nn.Dropout(0.5), norm, nn.Dropout(0.5)).train()
     modes = []
     model[2].register_forward_hook(lambda m, args, y: modes.append(m.training))
-    with pytest.raises(ValueError, match="more than 1 value"):  # of the batch of one
-        bnext.update_bn(data, model)
-    bnext.update_bn(data[::2], model)
-    assert_statistics_of(norm, torch.cat(data[::2]))
+    bnext.update_bn(data, model)
+    assert_statistics_of(norm, torch.cat(data))
     assert not any(modes)
     assert all(m.training for m in model.modules())
 
@@ -241,6 +256,16 @@ def test_what_is_frozen_or_does_not_track_is_left_alone():
     assert_unchanged(frozen, before[0])
     assert_unchanged(late, before[1])
     assert tracked.num_batches_tracked == 2 * len(SIZES)
+
+
+def test_a_guarded_layer_counts_from_then_on():
+    norm, data = bnext.BatchNorm2d(5, skip_nonfinite=True).double(), batches(5, 4, 6)
+    norm(data[0] * torch.nan)
+    with pytest.raises(ValueError, match="inf or NaN"):
+        bnext.update_bn([data[0] * torch.nan], norm)
+    assert norm.skipped_batches.tolist() == [1] * 5
+    bnext.update_bn(data, norm)
+    assert not norm.skipped_batches.any()
 
 
 def test_what_saw_nothing_is_left_alone_and_named(caplog):
@@ -281,6 +306,14 @@ def test_a_compiled_model_is_not_compiled_for_it():
     assert len(graphs) == before > 0
     for norm, x in zip(norms(model), found, strict=True):
         assert_statistics_of(norm, x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_part_frozen_by_torchscript_has_no_mode():
+    norm, data = bnext.BatchNorm2d(5).double(), batches(5, 4, 6)
+    script = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Dropout()).eval()))
+    bnext.update_bn(data, nn.Sequential(norm, script))
+    assert_statistics_of(norm, torch.cat(data))
 
 
 def of_one_rank(rank, folder):

@@ -26,6 +26,7 @@ def update_bn(
     device: torch.device | str | int | None = None,
     num_batches: int | None = None,
     forward: Callable[[Any, Any], object] | None = None,
+    progress: bool = False,
 ) -> None:
     """Sets running_mean and running_var [C] of model's batch norms to mean and unbiased variance of all that they see.
 
@@ -40,7 +41,7 @@ def update_bn(
 
     loader: any iterable. The model is called with each batch, or the first item of a tuple or list; or, if given,
     forward(model, batch) is. device: where the tensors of a batch are moved to first. num_batches: after how many
-    to stop.
+    to stop. progress: whether to show a bar on standard error, for which rich has to be installed.
 
     Where a batch is one value per channel, which torch refuses in training, that is normalised to 0, as by itself.
     Layers that saw no values keep their statistics, and a warning of the "bnext" logger names them. Raises ValueError
@@ -56,10 +57,13 @@ def update_bn(
     if lazy := [name for name, layer in layers.items() if is_lazy(layer.running_mean)]:
         raise ValueError(f"expected a model that has seen a batch, got lazy layers: {', '.join(lazy)}")
     seen = {name: _Seen() for name in layers}
+    drawn: Iterable[Any] = islice(loader, num_batches)
+    if progress:
+        drawn = _with_bar(drawn, loader, num_batches)
     batches = 0
     # Compiled models run as they are: to compile this pass would take longer than the pass.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), _measuring(model, layers, seen):
-        for batch in islice(loader, num_batches):
+        for batch in drawn:
             if device is not None:
                 batch = tree_map_only(Tensor, lambda t: t.to(device), batch)
             (forward or _forward)(model, batch)
@@ -69,6 +73,19 @@ def update_bn(
     if batches == 0:
         raise ValueError("expected the loader to have at least one batch, got none")
     _write(layers, seen)
+
+
+def _with_bar(batches: Iterable[Any], loader: Iterable[Any], num_batches: int | None) -> Iterable[Any]:
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        raise ImportError("progress=True needs rich: pip install rich") from None
+    try:
+        total = min(len(loader), num_batches or len(loader))  # type: ignore[arg-type]
+    except TypeError:  # as of a generator, or of a DataLoader of an IterableDataset
+        total = num_batches
+    return track(batches, "update_bn", total, console=Console(stderr=True))
 
 
 def _is_measured(layer: nn.Module) -> bool:

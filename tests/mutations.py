@@ -635,7 +635,7 @@ bnext/reference.py test_recalibrate::test_of_batches_as_of_one
 -  + delta.square() * (a.count * b.count / count)
 
 modes-kept-after-an-error: where the loader fails, update_bn leaves the model as it was during the pass
-bnext/recalibrate.py test_recalibrate::test_after_an_error_all_is_as_before
+bnext/recalibrate.py test_recalibrate_loaders::test_after_an_error_all_is_as_before
 -     try:
 -         for change in changes:
 -             setattr(*change)
@@ -647,7 +647,7 @@ bnext/recalibrate.py test_recalibrate::test_after_an_error_all_is_as_before
 +     if True:
 
 drawn-in-vain: update_bn draws one batch more than it is told to
-bnext/recalibrate.py test_recalibrate::test_no_batch_is_drawn_in_vain
+bnext/recalibrate.py test_recalibrate_loaders::test_no_batch_is_drawn_in_vain
 - islice(loader, num_batches)
 + (b for n, b in enumerate(loader) if num_batches is None or n < num_batches)
 

@@ -73,7 +73,8 @@ def extension_with(csrc: Path, folder: Path) -> Path:
     objects = [o for o in (BUILD / "address/temp").rglob("*.o") if o.name != unit.name]
     (library,) = (BUILD / "address/bnext").glob("_C.*")
     shutil.copy(BUILD / "address/bnext/_build.py", _package(folder) / "bnext")
-    _built([get_cxx_compiler(), "-shared", unit, *objects, *torch_flags()[1], "-o", folder / "bnext" / library.name])
+    linked = [*torch_flags()[1], "-ltorch_python"]
+    _built([get_cxx_compiler(), "-shared", unit, *objects, *linked, "-o", folder / "bnext" / library.name])
     return folder
 
 

@@ -13,8 +13,8 @@ try:
     from bnext.recalibrate import update_bn
     from bnext.recomputation import checkpoint_context
 except Exception:
-    # sys.argv while Python finds the module to run: python -m bnext goes on, to report what is wrong.
-    if sys.argv[:1] != ["-m"] or "bnext" not in sys.orig_argv:
+    # sys.argv while Python finds the module to run: python -m bnext, or -mbnext, goes on, to report what is wrong.
+    if sys.argv[:1] != ["-m"] or not {"bnext", "-mbnext"} & set(sys.orig_argv):
         raise
 
 __version__ = "0.1.0"

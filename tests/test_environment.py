@@ -128,6 +128,12 @@ def test_a_report_of_what_does_not_load(tmp_path):
     assert (found["built_with_torch"], found["built_with_nvcc"], found["cuda_archs"]) == ("2.1.0", "12.1.66", ["sm_90"])
     assert "(it was built with torch 2.1.0): rebuild it" in found["extension"]
     assert "expected scalar, avx2" in report(ROOT, BNEXT_CPU_ISA="nonsense")["extension"]
+    done = python("-mbnext", path=tmp_path)  # in one word
+    assert (done.returncode, done.stderr) == (1, "")
+    (tmp_path / "bnext/_build.py").write_text(f"torch = {torch.__version__!r}")  # as of another Python's extension
+    sentence = report(tmp_path)["extension"]
+    assert sentence.startswith(f"bnext's compiled part, in {tmp_path / 'bnext'}, does not load with torch")
+    assert "(No module named 'bnext._C')" in sentence
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     assert report(tmp_path)["torch"] == "no torch here"
     done = python("-m", "bnext", "stats", "model.pt", path=tmp_path)

@@ -5,6 +5,8 @@ import importlib
 import os
 import sys
 
+from bnext.output import first_line
+
 _PROG = "python -m bnext"
 _COMMANDS = ("stats",)
 
@@ -15,8 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     name = words[0] if words and words[0] in _COMMANDS else None
     try:
         command = importlib.import_module(f"bnext.{name or 'environment'}")
-    except ImportError as error:  # torch is not there
-        print(f"{_PROG} {name}: {error}", file=sys.stderr)
+    except Exception as error:  # torch is not there, or broken
+        print(f"{_PROG} {name}: {first_line(error)}", file=sys.stderr)
         return 1
     parser = argparse.ArgumentParser(
         prog=f"{_PROG} {name}" if name else _PROG,

@@ -164,6 +164,7 @@ def test_backend_for(monkeypatch):
     assert bnext.backend_for(x).reason == f"{bnext.ops.cpu_isa}, as BNEXT_CPU_ISA says"
     assert bnext.backend_for(x.int()) == ("none", '"batch_norm" not implemented for torch.int32')
     assert bnext.backend_for(x[0]).name == "none"
+    assert bnext.backend_for(x.to_sparse()) == ("none", "bnext has no kernels for torch.sparse_coo tensors")
     with pytest.raises(TypeError, match="expected x to be a Tensor, got list"):
         bnext.backend_for([1.0])
 

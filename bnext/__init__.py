@@ -2,7 +2,8 @@
 
 import sys
 
-try:
+# python -m bnext reports on what does not load, or crashes. Until it finds the module, sys.argv is -m and words.
+if sys.argv[:1] != ["-m"] or sys.orig_argv[-len(sys.argv)] not in ("bnext", "-mbnext"):
     from bnext.backend import backend_for, is_cuda_available
     from bnext.convert import convert_batchnorm, revert_batchnorm
     from bnext.freeze import freeze_batchnorm, unfreeze_batchnorm
@@ -12,10 +13,6 @@ try:
     from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from bnext.recalibrate import update_bn
     from bnext.recomputation import checkpoint_context
-except Exception:
-    # sys.argv while Python finds the module to run: python -m bnext goes on, to report what is wrong.
-    if sys.argv[:1] != ["-m"] or "bnext" not in sys.orig_argv:
-        raise
 
 __version__ = "0.1.0"
 

@@ -33,6 +33,8 @@ def backend_for(x: Tensor) -> Backend:
         ops.check(x)
     except (NotImplementedError, RuntimeError) as error:
         return Backend("none", str(error))
+    if x.layout is not torch.strided:
+        return Backend("none", f"bnext has no kernels for {x.layout} tensors")
     if x.device.type == "cpu":
         return Backend("cpu", ops.cpu_isa + (", as BNEXT_CPU_ISA says" if os.environ.get("BNEXT_CPU_ISA") else ""))
     if x.device.type == "cuda":

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def _pickle(path: Path) -> Mapping[str, Any]:
         # A training script's arguments are often beside the weights; a Namespace of them does nothing.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error follows
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # what is not looked at is not read
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch's text goes on to recommend weights_only=False
         if called := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"refused, as loading it would call {called[1]}: save model.state_dict()") from None

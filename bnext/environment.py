@@ -1,9 +1,13 @@
 """What bnext was built with, what it runs on, and whether a small training step comes out right."""
 
 import argparse
+import functools
 import json
 import os
 import platform
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """The exit code."""
     found = facts()
     if not args.json:
-        _print(found)  # before compiled code runs
+        _print(found)
     checks = {device: self_check(device) for device in ("cpu", "cuda")}
     if args.json:
         print(json.dumps(found | {"self_check": checks}, indent=1))
@@ -87,6 +91,7 @@ def _of_torch() -> dict[str, Any]:
 def _of_extension() -> dict[str, Any]:
     import torch
 
+    _survive()
     from bnext import _C, backend, ops
 
     capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
@@ -111,12 +116,28 @@ def self_check(device: str) -> str:
     try:
         if device == "cuda" and (reason := _no_cuda()):
             return f"not run: {reason}"
+        _survive()
         from bnext import selfcheck
 
         fault = selfcheck.fault(device)
     except Exception as error:
         fault = first_line(error)
     return f"failed: {fault}" if fault else "passed"
+
+
+def _survive() -> None:
+    """Raises RuntimeError where compiled code that is not loaded yet would end this process."""
+    if "bnext._C" not in sys.modules and (crash := _crash()):
+        raise RuntimeError(crash)
+
+
+@functools.cache
+def _crash() -> str | None:
+    """What ends a process that runs the self-check: of a file that is cut off, a code that the CPU or GPU has not."""
+    devices = "('cpu', 'cuda')[:1 + torch.cuda.is_available()]"
+    script = f"import torch; from bnext import selfcheck; [selfcheck.fault(device) for device in {devices}]"
+    code = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode
+    return f"bnext's compiled part ends Python by {signal.Signals(-code).name}" if code < 0 else None
 
 
 def _no_cuda() -> str | None:

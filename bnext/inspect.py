@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 TENSORS = ("running_mean", "running_var", "weight", "bias")
 _KEYS = (*TENSORS, "num_batches_tracked")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 # Round numbers, told from what they do to a channel:
 DEAD_WEIGHT = 1e-3  # a thousandth of a new layer's; beside such channels, less than a rounding of bfloat16 (4e-3)
@@ -81,7 +82,7 @@ def _layers(
     """Path in nested dicts, name, tensors and, if there is one, module of each layer."""
     if isinstance(source, nn.Module):
         for name, layer in source.named_modules():
-            tensors = {key: getattr(layer, key, None) for key in _KEYS}
+            tensors = _tensors({key: getattr(layer, key, None) for key in _KEYS}, "")
             if isinstance(layer, _BatchNorm) or _has_statistics(tensors):
                 yield path, name, tensors, layer
         return
@@ -90,18 +91,24 @@ def _layers(
             yield from _layers(value, f"{path}{key}.")
         elif isinstance(key, str) and key.rpartition(".")[2] == "running_mean":
             prefix = key.removesuffix("running_mean")
-            tensors = {name: source.get(prefix + name) for name in _KEYS}
+            tensors = _tensors(source, prefix)
             if _has_statistics(tensors):
                 yield path, prefix.removesuffix("."), tensors, None
 
 
-def _has_statistics(tensors: Mapping[str, Any]) -> bool:
-    return all(isinstance(tensors[name], Tensor) for name in ("running_mean", "running_var"))
+def _tensors(source: Mapping[str, Any], prefix: str) -> dict[str, Tensor | None]:
+    """Of one layer; None for what is something else: another class may have bias=True, another format an int."""
+    found = {key: source.get(prefix + key) for key in _KEYS}
+    return {key: value if isinstance(value, Tensor) else None for key, value in found.items()}
+
+
+def _has_statistics(tensors: Mapping[str, Tensor | None]) -> bool:
+    return tensors["running_mean"] is not None and tensors["running_var"] is not None
 
 
 def _bare(name: str) -> str:
-    """Without what torch.compile, DataParallel, DDP and AveragedModel put into names."""
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    """Without what torch.compile, FSDP, checkpoint_wrapper, DataParallel, DDP and AveragedModel put into names."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
     return ".".join(dropwhile("module".__eq__, parts))
 
 

@@ -4,6 +4,8 @@ Schemas are in csrc/ops.cpp, implementations behind csrc/host.h. The fakes let t
 meta tensors work without running a kernel: shapes, dtypes and strides as csrc/host.h makes them.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
@@ -13,10 +15,10 @@ try:
 
     if _build.torch.partition("+")[0] != torch.__version__.partition("+")[0]:
         raise ImportError(f"it was built with torch {_build.torch}")
-    from bnext import _C
+    import bnext._C as _C  # not from bnext: the error would speak of a circular import
 except ImportError as error:
     raise ImportError(
-        f"bnext's compiled part does not load with torch {torch.__version__} ({error}): "
+        f"bnext's compiled part, in {Path(__file__).parent}, does not load with torch {torch.__version__} ({error}): "
         "rebuild it with pip install --no-build-isolation --force-reinstall --no-deps ., or make build in a checkout"
     ) from None
 

@@ -30,7 +30,7 @@ def save(rows: Sequence[LayerStats], title: str, path: Path) -> None:
     for axes, name in zip(panels, TENSORS, strict=True):
         _curves(axes, name, [getattr(row, name) for row in rows])
     beside = 0.1 * sum(map(len, names)) < width
-    panels[-1].set_xticks(shown, [names[i] for i in shown], rotation=0 if beside else 90, fontsize=8)
+    panels[-1].set_xticks(shown, [names[i] for i in shown], rotation=0 if beside else 90, fontsize=8, parse_math=False)
     panels[-1].set_xlim(-0.5, len(rows) - 0.5)
     handles = [
         Line2D([], [], color=_COLOUR, marker="o", markersize=3, label="mean over channels"),
@@ -38,13 +38,13 @@ def save(rows: Sequence[LayerStats], title: str, path: Path) -> None:
     ]
     if any(row.nonfinite for row in rows):
         handles.append(Line2D([], [], color=_WARNING, marker="x", linestyle="", label="with inf or nan"))
-    figure.suptitle(title, fontweight="bold")
+    figure.suptitle(title, fontweight="bold", parse_math=False)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path)
 
 
 def _curves(axes: "Axes", name: str, ranges: Sequence[Range | None]) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter, StrMethodFormatter
 
     logarithmic = name == "running_var"
     least = DEAD_VAR / 100 if logarithmic else -math.inf  # a channel without variance would need decades below
@@ -60,7 +60,9 @@ def _curves(axes: "Axes", name: str, ranges: Sequence[Range | None]) -> None:
         axes.set_yscale("log")
         bottom, top = axes.get_ylim()
         few = top < 1000 * bottom
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+        axes.yaxis.set_major_locator(
+            AutoLocator() if top < 10 * bottom else LogLocator(subs=(1, 2, 5) if few else (1,))
+        )
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(name, loc="left", fontsize=10, fontweight="bold")

@@ -91,7 +91,7 @@ def _print_csv(rows: Sequence[LayerStats]) -> None:
 def _cells(row: LayerStats) -> list[str]:
     ranges = [getattr(row, name) for name in TENSORS]
     return [
-        row.name or "(root)",
+        (row.name if row.name.isprintable() else ascii(row.name)) or "(root)",  # no control codes to a terminal
         "-" if row.channels is None else str(row.channels),
         *("-" if r is None else f"{r.min:8.2g} {r.mean:8.2g} {r.max:8.2g}" for r in ranges),
         *map(str, (row.dead, row.exploding, row.nonfinite)),
@@ -113,7 +113,7 @@ def _print_table(rows: Sequence[LayerStats]) -> None:
     found = {name: sum(getattr(row, name) for row in rows) for name in ("dead", "exploding", "nonfinite")}
     channels = sum(row.channels or 0 for row in rows)
     counts = ", ".join(f"{count} {name}" for name, count in found.items())
-    print(f"{len(rows)} batch norm{'s' * (len(rows) > 1)}, {channels} channels; {counts}")
+    print(f"{len(rows)} batch norm{'s' * (len(rows) > 1)}, {channels} channel{'s' * (channels != 1)}; {counts}")
 
 
 def _print_rich(rows: Sequence[LayerStats], lines: Sequence[Sequence[str]]) -> None:

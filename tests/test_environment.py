@@ -111,7 +111,7 @@ def test_the_self_check_is_caught(capsys, monkeypatch):
 
 @on_cpu
 def test_a_report_of_what_does_not_load(tmp_path):
-    """Not built, built for another torch, told nonsense, without torch: the rest is there, and no traceback."""
+    """Not built, built for another torch, told nonsense, crashing, no torch: the rest is there, and no traceback."""
     shutil.copytree(ROOT / "bnext", tmp_path / "bnext", ignore=shutil.ignore_patterns("_C.*", "_build.py"))
 
     def report(path, **environment):
@@ -128,10 +128,30 @@ def test_a_report_of_what_does_not_load(tmp_path):
     assert (found["built_with_torch"], found["built_with_nvcc"], found["cuda_archs"]) == ("2.1.0", "12.1.66", ["sm_90"])
     assert "(it was built with torch 2.1.0): rebuild it" in found["extension"]
     assert "expected scalar, avx2" in report(ROOT, BNEXT_CPU_ISA="nonsense")["extension"]
+    done = python("-mbnext", path=tmp_path)  # in one word
+    assert (done.returncode, done.stderr) == (1, "")
+    (tmp_path / "bnext/_build.py").write_text(f"torch = {torch.__version__!r}")  # as of another Python's extension
+    sentence = report(tmp_path)["extension"]
+    assert sentence.startswith(f"bnext's compiled part, in {tmp_path / 'bnext'}, does not load with torch")
+    assert "(No module named 'bnext._C')" in sentence
+    (tmp_path / "bnext/_C.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)")
+    assert report(tmp_path)["extension"] == "bnext's compiled part ends Python by SIGILL"
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     assert report(tmp_path)["torch"] == "no torch here"
     done = python("-m", "bnext", "stats", "model.pt", path=tmp_path)
     assert (done.returncode, done.stderr) == (1, "python -m bnext stats: no torch here\n")
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: cannot open\\nand more')")
+    assert report(tmp_path)["torch"] == "libtorch.so: cannot open"
+    done = python("-m", "bnext", "stats", "model.pt", path=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "python -m bnext stats: libtorch.so: cannot open\n")
+
+
+def test_a_package_that_imports_bnext_runs_with_bnext_as_a_word(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/__init__.py").write_text("import bnext\nbnext.BatchNorm2d")
+    (tmp_path / "train/__main__.py").touch()
+    done = python("-m", "train", "--norm", "bnext", path=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @on_cpu
@@ -144,6 +164,7 @@ def test_backend_for(monkeypatch):
     assert bnext.backend_for(x).reason == f"{bnext.ops.cpu_isa}, as BNEXT_CPU_ISA says"
     assert bnext.backend_for(x.int()) == ("none", '"batch_norm" not implemented for torch.int32')
     assert bnext.backend_for(x[0]).name == "none"
+    assert bnext.backend_for(x.to_sparse()) == ("none", "bnext has no kernels for torch.sparse_coo tensors")
     with pytest.raises(TypeError, match="expected x to be a Tensor, got list"):
         bnext.backend_for([1.0])
 

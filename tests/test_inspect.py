@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import bnext
 from bnext.inspect import Range
@@ -91,6 +92,7 @@ def test_dtypes(dtype):
         torch.optim.swa_utils.AveragedModel,
         lambda m: torch.compile(nn.DataParallel(m)),
         lambda m: nn.DataParallel(torch.compile(m)),
+        checkpoint_wrapper,
     ],
 )
 def test_names_are_those_of_the_model_in_its_wrappers(wrap):
@@ -99,6 +101,11 @@ def test_names_are_those_of_the_model_in_its_wrappers(wrap):
     assert [row.name for row in bnext.bn_stats(wrapped.state_dict())] == ["1", "2.0"]
     (alone,) = bnext.bn_stats(wrap(layer()).state_dict())
     assert alone.name == ""
+
+
+def test_names_are_those_of_the_model_inside_of_fsdp():
+    wrapped = {f"_fsdp_wrapped_module.1._fsdp_wrapped_module.{key}": t for key, t in layer().state_dict().items()}
+    assert bnext.bn_stats(wrapped)[0].name == "1"
 
 
 def test_state_dicts_inside_of_checkpoints():
@@ -116,6 +123,22 @@ def test_other_layers_with_running_statistics():
     assert [row.name for row in bnext.bn_stats(found.state_dict())] == ["0", "2"]
     others = ("running_mean", "warm_running_mean", "warm_running_var")
     assert bnext.bn_stats(dict.fromkeys(others, torch.ones(2))) == []
+
+
+def test_what_is_no_tensor_is_not_there():
+    """bias=True beside statistics, in a class of somebody's own; a counter that is an int, as other formats have it."""
+
+    class Normalizer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = 1.0, True
+            self.register_buffer("running_mean", torch.zeros(3))
+            self.register_buffer("running_var", torch.ones(3))
+
+    (row,) = bnext.bn_stats(Normalizer())
+    assert (row.channels, row.weight, row.bias) == (3, None, None)
+    (row,) = bnext.bn_stats({**layer().state_dict(), "num_batches_tracked": 5})
+    assert row.num_batches_tracked is None
 
 
 def test_nothing_is_changed():

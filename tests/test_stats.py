@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -56,6 +57,24 @@ def test_table(checkpoint, capsys):
     assert first[:2] + first[8:11] + first[-4:] == ["1", "4", "0", "0.67", "1", "1", "0", "5", "1"]
     assert second[:2] + second[8:] == ["3", "4", "-", "-", "0", "0", "0", "1"]
     assert lines[4] == "2 batch norms, 8 channels; 1 dead, 0 exploding, 5 nonfinite"
+
+
+def test_names_are_no_commands_to_a_terminal(tmp_path, capsys):
+    torch.save(nn.ModuleDict({"\x1b[2J": nn.BatchNorm2d(1)}).state_dict(), path := tmp_path / "model.pt")
+    assert stats(path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith(r"'\x1b[2J'  ")
+    assert lines[3].startswith("1 batch norm, 1 channel; ")
+
+
+def test_a_large_checkpoint_is_not_read_whole(tmp_path, monkeypatch):
+    """Nor is one by an older torch.save, which cannot be read in parts, refused."""
+    found, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: found.append(kwargs["mmap"]) or load(*args, **kwargs))
+    for zipped in (True, False):
+        torch.save(model().state_dict(), path := tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+        assert stats(path) == 0
+    assert found == [True, False]
 
 
 def test_table_by_rich(checkpoint, capsys, monkeypatch):
@@ -209,6 +228,23 @@ def test_plot_of_a_dead_network(tmp_path, figure):
     assert [label.get_text() for label in figure[0].axes[-1].get_xticklabels()] == ["(root)"]
 
 
+def test_plot_reads_off_variances_that_are_alike(tmp_path, figure):
+    norms = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    norms[1].running_var.fill_(0.8)
+    torch.save(norms.state_dict(), path := tmp_path / "alike.pt")
+    assert stats(path, "--plot", "x.png") == 0
+    axes = figure[0].axes[1]
+    bottom, top = axes.get_ylim()
+    assert sum(bottom < tick < top for tick in axes.get_yticks()) >= 3
+
+
+def test_plot_takes_names_for_text(tmp_path, capsys):
+    """Not for formulas."""
+    pytest.importorskip("matplotlib")
+    torch.save(nn.ModuleDict({"$a^$": nn.BatchNorm2d(1)}).state_dict(), path := tmp_path / "$b^$.pt")
+    assert stats(path, "--plot", tmp_path / "x.png") == 0
+
+
 def test_plot_files(checkpoint, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for suffix, start in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")):
@@ -230,3 +266,34 @@ def test_a_reader_who_has_seen_enough(checkpoint):
     assert process.stderr.read() == ""
     assert process.wait() == 141
     process.stderr.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize("words", [(), ("--json",), ("stats", "model.pth")])
+def test_what_cannot_be_written_is_a_sentence(words, checkpoint):
+    with open("/dev/full", "w") as full:
+        done = run(*words, cwd=checkpoint.parent, stdout=full)
+    assert done.returncode == 1
+    assert re.fullmatch(r"python -m bnext( stats)?: standard output: No space left on device\n", done.stderr)
+
+
+def test_names_that_an_encoding_has_not(tmp_path):
+    torch.save(nn.ModuleDict({"层": nn.BatchNorm2d(1)}).state_dict(), tmp_path / "model.pt")
+    done = run("stats", "model.pt", cwd=tmp_path, stdout=subprocess.PIPE, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\u5c42" in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="of a shell")
+def test_a_closed_standard_output(checkpoint):
+    closed = {"stdout": None, "preexec_fn": lambda: os.close(1)}
+    assert run("stats", checkpoint.name, cwd=checkpoint.parent, **closed).returncode == 0
+
+
+def run(*words, cwd, stdout, preexec_fn=None, **environment):
+    """python -m bnext, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, "-m", "bnext", *words]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn
+    )

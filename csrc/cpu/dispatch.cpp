@@ -64,7 +64,7 @@ template <class Params>
 void run(const Params& p, bool reduces, bool applies, int tensors, const Steps<Params>& steps) {
   const Tiling tiling(p);
   std::vector<double> partials(reduces ? 3 * tiling.chunks * p.C : 0), factors(4 * (Row(p.C).width() + 32));
-  const std::int64_t group = group_channels(p, reduces, applies, tensors, at::get_num_threads());
+  const int64_t group = group_channels(p, reduces, applies, tensors, at::get_num_threads());
   const Scratch scratch{partials.data(), factors.data(), streams(p, group)};
   if (group) {
     parallel(p.C, p.count(), [&](int64_t begin, int64_t end) {

@@ -32,8 +32,10 @@ struct Runs {
   int64_t count, size, stride, begin;
 
   // Elements further on is what will be wanted soon: the same of a later channel.
-  int64_t ahead() const { return (kAhead / (count * size) + 1) * size; }
-  static constexpr int64_t kAhead = 4096;
+  int64_t ahead() const { return (kSoon / (count * size) + 1) * size; }
+
+ private:
+  static constexpr int64_t kSoon = 4096;  // elements that are summed before it is wanted, at least
 };
 
 // Sums over runs, of whose elements f makes factors. Elements go into 16 slots: element i of a run into slot i % 16,

@@ -7,7 +7,8 @@
 
 #include "autograd.h"
 #include "cpu/kernels.h"
-#include "cuda/plan.h"
+#include "cuda/plan_dict.h"
+#include "cuda/planner.h"
 
 namespace py = pybind11;
 
@@ -21,37 +22,20 @@ bnext::DType dtype_named(const std::string& name) {
   throw std::invalid_argument("expected dtype to be float64, float32, bfloat16 or float16, got " + name);
 }
 
-py::dict plan(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_last, const std::string& dtype,
-              bool backward, bool training, bool reduces, bool applies, bool cumulative, bool aligned,
-              const py::dict& gpu) {
+py::object plan(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_last, const std::string& dtype,
+                bool backward, bool training, bool reduces, bool applies, bool cumulative, bool aligned,
+                const py::dict& gpu, const std::string& strategy) {
   if (N < 1 || C < 1 || S < 1) throw std::invalid_argument("expected N, C and S to be positive");
-  const auto of_gpu = [&](const char* name) { return gpu[name].cast<std::int64_t>(); };
-  const bnext::cuda::Device device{of_gpu("multiprocessors"),
-                                   of_gpu("shared_per_block"),
-                                   of_gpu("shared_per_multiprocessor"),
-                                   of_gpu("threads_per_multiprocessor"),
-                                   of_gpu("l2"),
-                                   gpu["cooperative"].cast<bool>()};
   const bnext::DType type = dtype_named(dtype);
   const bnext::Layout layout = channels_last && C > 1 ? bnext::Layout::channels_last : bnext::Layout::planar;
   const bnext::cuda::Request request{
       {N, C, S, layout, type, type}, backward, training, reduces, applies, cumulative, aligned};
-  const bnext::cuda::Plan p = bnext::cuda::make_plan(request, device);
-  py::dict result;
-  result["strategy"] = p.strategy == bnext::cuda::Strategy::resident ? "resident" : "streaming";
-  result["whole"] = p.whole;
-  result["width"] = p.width;
-  result["slabs"] = p.slabs;
-  result["splits"] = p.splits;
-  result["threads"] = p.threads;
-  result["blocks"] = p.blocks;
-  result["cluster"] = p.cluster;
-  result["cooperative"] = p.cooperative;
-  result["launches"] = p.launches;
-  result["shared"] = p.shared;
-  result["scratch"] = p.scratch;
-  result["read"] = p.read;
-  result["written"] = p.written;
+  const auto forced = bnext::cuda::strategy_named(strategy);
+  const bnext::cuda::Planner planner(request, bnext::cuda::device_of(gpu));
+  const auto p = forced ? planner.plan(*forced) : planner.plan();
+  if (!p) return py::none();
+  py::dict result = bnext::cuda::as_dict(*p);
+  result["microseconds"] = planner.microseconds(*p);
   return result;
 }
 
@@ -85,7 +69,10 @@ PYBIND11_MODULE(_C, m) {
         arg("backward"), arg("threads"),
         "How the CPU kernels take a training step, as a dict. group: channels taken together, from a cache that holds "
         "them, 0: the whole tensor. streaming: whether results are written past the caches. cache: bytes of the last.");
-  m.def("plan", &plan, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"), arg("backward"),
-        arg("training"), arg("reduces"), arg("applies"), arg("cumulative"), arg("aligned"), arg("gpu"),
-        "What csrc/cuda/plan.h chooses for a problem [N, C, S] on a GPU with these properties, as a dict.");
+  m.def(
+      "plan", &plan, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"), arg("backward"),
+      arg("training"), arg("reduces"), arg("applies"), arg("cumulative"), arg("aligned"), arg("gpu"),
+      arg("strategy") = "",
+      "What csrc/cuda/planner.h chooses for a problem [N, C, S] on a GPU with these properties, as a dict; of one "
+      "strategy, if that is named: None where it is not possible. microseconds: what the choice goes by, an estimate.");
 }

@@ -1,9 +1,9 @@
 // Backward of both: grad_bias = sum(dy), grad_weight = sum(dy * (x - mean)) * invstd, and grad_input.
 //
 // Sums over kUnroll packs in the compute type, then in double: over the thread's packs, warp, block and splits, in that
-// order. With E = N * C * S * itemsize, global memory sees in training 4E read and E written (streaming), or 2E and E
-// (resident). In evaluation grad_input needs no sum and is written while they are taken: 2E and E; E and E without
-// them.
+// order. With E = N * C * S * itemsize, kernels load in training 4E and store E (streaming), or 2E and E (resident;
+// retained: and what is not kept once more). In evaluation grad_input needs no sum and is written while they are taken:
+// 2E and E; E and E without them.
 #pragma once
 
 #include "driver.cuh"
@@ -27,8 +27,7 @@ struct Backward {
   using Partial = ProductsPart;
   static constexpr bool kResident = kResident_;
   static constexpr int kPack = Tile::kPack, kColumns = Tile::kColumns;
-  static constexpr Kind kKind{kResident ? Strategy::resident : Strategy::streaming, true, Tile::kPlanar, Tile::kWhole,
-                              sizeof(T)};
+  static constexpr Kind kKind{kResident, true, Tile::kPlanar, Tile::kWhole, sizeof(T)};
   static constexpr int kUnroll = unroll(kKind);
   enum Factor { kMean, kScale, kGradMean, kProjection };
 
@@ -53,15 +52,16 @@ struct Backward {
       }
     }
     for_slots<kUnroll>(tile, [&](const Slot(&slots)[kUnroll], int k) {
+      const bool keeps = kResident && k < w.held;
       Pack<T, kPack> dy[kUnroll], x[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        dy[u] = load<Tile>(w, static_cast<const T*>(p.grad_output), slots[u]);
-        x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
+        dy[u] = load<Tile>(w, static_cast<const T*>(p.grad_output), slots[u], keeps);
+        x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u], keeps);
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if (kResident && slots[u].size()) keep(tile, k + u, dy[u], x[u]);
+        if (keeps && slots[u].size()) keep(tile, k + u, dy[u], x[u]);
         if (writes) write_eval(slots[u], dy[u], scale);
       }
 #pragma unroll
@@ -85,9 +85,9 @@ struct Backward {
     for (int j = 0; j < kColumns; ++j) {
       const int64_t c = tile.channel(j);
       const double invstd = static_cast<const A*>(p.invstd)[c], count = static_cast<double>(p.count());
-      if (writes && p.grad_bias) write(p.grad_bias, p.param_dtype, c, part[j].sum_dy);
-      if (writes && p.grad_weight)
-        write(p.grad_weight, p.param_dtype, c, math::grad_weight(part[j].sum_dy_xmu, invstd));
+      const bool leads = writes && tile.leads(j);
+      if (leads && p.grad_bias) write(p.grad_bias, p.param_dtype, c, part[j].sum_dy);
+      if (leads && p.grad_weight) write(p.grad_weight, p.param_dtype, c, math::grad_weight(part[j].sum_dy_xmu, invstd));
       memory.factor(tile, kMean, j) = static_cast<const A*>(p.mean)[c];
       memory.factor(tile, kScale, j) = slope(c);
       memory.factor(tile, kGradMean, j) = static_cast<A>(part[j].sum_dy / count);
@@ -107,11 +107,11 @@ struct Backward {
       Pack<T, kPack> dy[kUnroll], x[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if constexpr (kResident) {
-          if (slots[u].size()) fetch(tile, k - u, dy[u], x[u]);
-        } else {
+        if (!kResident || k >= w.held) {
           dy[u] = load<Tile>(w, static_cast<const T*>(p.grad_output), slots[u]);
-          if (p.training) x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
+          if (kResident || p.training) x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
+        } else if (slots[u].size()) {
+          fetch(tile, k + u, dy[u], x[u]);
         }
       }
 #pragma unroll

@@ -1,13 +1,13 @@
 // The order of a kernel's work, the same for forward and backward. What they do is an Op, an object with
-//   Tile, Partial; kResident          its tiles, partial results, and whether a slab is kept in shared memory
+//   Tile, Partial; kResident          its tiles, partial results, and whether slabs are kept in shared memory
 //   begin()                           once a launch, by one thread, before anything else
-//   waits(), reduces(), applies()     whether what begin() wrote is read by a resident op; which phases there are
+//   waits(), reduces(), applies()     whether what begin() wrote is read by finish(); which phases there are
 //   reduce(tile, part)                this thread's partial results
-//   finish(tile, part, writes)        by lane 0 of each channel: sums to factors; if it writes, all results [C] too
+//   finish(tile, part, writes)        by lane 0 of each column: sums to factors; if it writes, all results [C] too
 //   apply(tile)                       writes the tensor [N, C, S]
 #pragma once
 
-#include "reduce.cuh"
+#include "group.cuh"
 
 namespace bnext::cuda {
 
@@ -16,37 +16,46 @@ template <class Tile, class Partial>
 struct Memory {
   using T = typename Tile::T;
   using A = Compute<T>;
-  Pack<T, Tile::kPack>* cache;  // a resident slab's packs, tensor after tensor
+  Pack<T, Tile::kPack>* cache;  // packs that are kept, tensor after tensor
   Partial* work;                // partial results being combined
-  A* factors;                   // what applying needs of each channel: [factor, channels of the slab]
-  int channels;
+  A* factors;                   // what applying needs of each column: [factor, columns of the slab]
+  Partial* exchange;            // of a cluster: [2, channels of the slab]
+  int columns;
 
   __device__ Memory(const Work& w, unsigned char* shared)
       : cache(reinterpret_cast<Pack<T, Tile::kPack>*>(shared)),
         work(reinterpret_cast<Partial*>(shared + w.cache_bytes)),
         factors(reinterpret_cast<A*>(shared + w.cache_bytes + w.work_bytes)),
-        channels(w.width * Tile::kColumns) {}
+        exchange(reinterpret_cast<Partial*>(shared + w.cache_bytes + w.work_bytes + w.factor_bytes)),
+        columns(w.width * Tile::kColumns) {}
   __device__ __forceinline__ A& factor(const Tile& tile, int f, int j) const {
-    return factors[f * channels + tile.column() + j];
+    return factors[f * columns + tile.column() + j];
   }
 };
 
-// A block takes slab after slab and reads each once. What the next slab's combination writes is safe: every thread has
-// passed a barrier since it was read.
+// A group of blocks takes slab after slab, each block its split, and reads each once, or what it does not keep twice.
+// What the next slab's combination writes is safe: every thread has passed a barrier since it was read.
 template <class Op>
 __device__ __forceinline__ void run_resident(const Op& op, const Work& w) {
   using Tile = typename Op::Tile;
+  using Partial = typename Op::Partial;
+  Group<Partial> group(w, op.memory.exchange);
   if (blockIdx.x == 0 && threadIdx.x == 0) op.begin();
-  if (op.waits()) cooperative_groups::this_grid().sync();
-  for (int64_t slab = blockIdx.x; slab < w.slabs; slab += gridDim.x) {
-    const Tile tile(w, slab, 0);
-    typename Op::Partial part[Tile::kColumns] = {};
+  if (op.waits() && !group.meets_all()) cooperative_groups::this_grid().sync();
+  for (int64_t slab = group.index(); slab < w.slabs; slab += group.count()) {
+    const Tile tile(w, slab, group.rank());
+    Partial part[Tile::kColumns] = {};
     op.reduce(tile, part);
-    combine(tile, part, op.memory.work);
-    if (tile.lane() == 0) op.finish(tile, part, true);
+    combine_channels(tile, part, op.memory.work);
+    if (w.splits > 1) {
+      group.exchange(tile, part);
+      combine(tile, part, op.memory.work);
+    }
+    if (tile.lane() == 0) op.finish(tile, part, group.rank() == 0);
     __syncthreads();
     op.apply(tile);
   }
+  group.end();
 }
 
 // All blocks reduce their tasks to scratch; after a grid barrier, or in a second launch, each combines the splits of
@@ -63,11 +72,8 @@ __device__ __forceinline__ void run_streaming(const Op& op, const Work& w) {
       const Tile tile(w, task - split * w.slabs, split);
       Partial part[Tile::kColumns] = {};
       op.reduce(tile, part);
-      combine(tile, part, op.memory.work);
-      if (tile.lane() == 0) {
-#pragma unroll
-        for (int j = 0; j < Tile::kColumns; ++j) scratch[split * w.C + tile.channel(j)] = part[j];
-      }
+      combine_channels(tile, part, op.memory.work);
+      put(tile, part, scratch + split * w.C, false);
       __syncthreads();
     }
     if (w.apply) cooperative_groups::this_grid().sync();
@@ -79,10 +85,7 @@ __device__ __forceinline__ void run_streaming(const Op& op, const Work& w) {
     const Tile tile(w, task - split * w.slabs, split);
     Partial part[Tile::kColumns] = {};
     if (op.reduces()) {
-      for (int64_t from = tile.lane(); from < w.splits && tile.lane() < tile.lanes(); from += tile.lanes()) {
-#pragma unroll
-        for (int j = 0; j < Tile::kColumns; ++j) part[j].add(scratch[from * w.C + tile.channel(j)]);
-      }
+      gather(tile, part, w.splits, [&](int64_t from, int j) { return scratch[from * w.C + tile.channel(j)]; });
       combine(tile, part, op.memory.work);
     }
     if (tile.lane() == 0) op.finish(tile, part, split == 0);
@@ -101,25 +104,22 @@ __device__ __forceinline__ void run(const Op& op, const Work& w) {
   }
 }
 
-// f(slots, k) for this thread's slots, `unroll` at a time and in order: slots[u] is slot k + u, or empty.
+// f(slots, k) for this thread's slots, `unroll` at a time: slots[u] is slot k + u, or empty; in order, or the last ones
+// first.
+template <int unroll, class Tile, class F>
+__device__ __forceinline__ void with_slots(const Tile& tile, int k, F f) {
+  Slot slots[unroll];
+#pragma unroll
+  for (int u = 0; u < unroll; ++u) slots[u] = k + u < tile.size() ? tile.slot(k + u) : Slot{0, 0, 0};
+  f(slots, k);
+}
 template <int unroll, class Tile, class F>
 __device__ __forceinline__ void for_slots(const Tile& tile, F f) {
-  for (int k = 0; k < tile.size(); k += unroll) {
-    Slot slots[unroll];
-#pragma unroll
-    for (int u = 0; u < unroll; ++u) slots[u] = k + u < tile.size() ? tile.slot(k + u) : Slot{0, 0, 0};
-    f(slots, k);
-  }
+  for (int k = 0; k < tile.size(); k += unroll) with_slots<unroll>(tile, k, f);
 }
-// The same from the last slot to the first: slots[u] is slot k - u.
 template <int unroll, class Tile, class F>
 __device__ __forceinline__ void for_slots_backward(const Tile& tile, F f) {
-  for (int k = tile.size() - 1; k >= 0; k -= unroll) {
-    Slot slots[unroll];
-#pragma unroll
-    for (int u = 0; u < unroll; ++u) slots[u] = k - u >= 0 ? tile.slot(k - u) : Slot{0, 0, 0};
-    f(slots, k);
-  }
+  for (int k = (tile.size() - 1) / unroll * unroll; k >= 0; k -= unroll) with_slots<unroll>(tile, k, f);
 }
 
 }  // namespace bnext::cuda

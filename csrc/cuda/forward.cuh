@@ -1,8 +1,8 @@
 // Training and evaluation forward: y = (x - mean) * (weight * invstd) + bias, running statistics and the counter.
 //
 // Statistics: Welford's update for kUnroll packs at a time in each thread, then Chan's formula over warp, block and
-// splits, in that order, in the compute type. With E = N * C * S * itemsize, global memory sees 2E read and E written
-// (streaming), or E and E (resident, and evaluation).
+// splits, in that order, in the compute type. With E = N * C * S * itemsize, kernels load 2E and store E (streaming),
+// or E and E (resident, and evaluation; retained: and what is not kept once more).
 #pragma once
 
 #include "driver.cuh"
@@ -15,6 +15,7 @@ struct BatchPart {
   A count;
   __device__ __forceinline__ void add(const BatchPart& other) {
     math::chan_combine(moments, count, other.moments, other.count);
+    math::recenter(moments);
     count += other.count;
   }
 };
@@ -28,8 +29,7 @@ struct Forward {
   using Partial = BatchPart<A>;
   static constexpr bool kResident = kResident_;
   static constexpr int kPack = Tile::kPack, kColumns = Tile::kColumns;
-  static constexpr Kind kKind{kResident ? Strategy::resident : Strategy::streaming, false, Tile::kPlanar, Tile::kWhole,
-                              sizeof(T)};
+  static constexpr Kind kKind{kResident, false, Tile::kPlanar, Tile::kWhole, sizeof(T)};
   static constexpr int kUnroll = unroll(kKind);
   enum Factor { kMean, kScale, kBias };
 
@@ -47,13 +47,14 @@ struct Forward {
   __device__ __forceinline__ void reduce(const Tile& tile, Partial (&part)[kColumns]) const {
     A count = 0;
     for_slots<kUnroll>(tile, [&](const Slot(&slots)[kUnroll], int k) {
+      const bool keeps = kResident && k < w.held;
       Pack<T, kPack> x[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
+      for (int u = 0; u < kUnroll; ++u) x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u], keeps);
       int taken = 0;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if (kResident && slots[u].size()) memory.cache[tile.cached(k + u)] = x[u];
+        if (keeps && slots[u].size()) memory.cache[tile.cached(k + u)] = x[u];
         taken += slots[u].size();
       }
       if (taken == 0) return;
@@ -83,7 +84,7 @@ struct Forward {
 
   __device__ __forceinline__ void finish(const Tile& tile, const Partial (&part)[kColumns], bool writes) const {
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) finish_channel(tile, part[j].moments, j, writes);
+    for (int j = 0; j < kColumns; ++j) finish_channel(tile, part[j].moments, j, writes && tile.leads(j));
   }
 
   __device__ __forceinline__ void apply(const Tile& tile) const {
@@ -98,10 +99,10 @@ struct Forward {
       Pack<T, kPack> x[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if constexpr (kResident) {
-          if (slots[u].size()) x[u] = memory.cache[tile.cached(k - u)];
-        } else {
+        if (!kResident || k >= w.held) {
           x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
+        } else if (slots[u].size()) {
+          x[u] = memory.cache[tile.cached(k + u)];
         }
       }
 #pragma unroll

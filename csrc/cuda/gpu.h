@@ -65,6 +65,10 @@ cudaError_t launch(void (*kernel)(P...), const Launch& l, A&&... args) {
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attributes[config.numAttrs++].val.cooperative = 1;
   }
+  if (l.cluster > 8) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
   if (l.shared > 48 * 1024) {
     // All that a block may have, not what this launch needs: another thread may be about to launch with more.
     int device = 0, most = 0;
@@ -76,5 +80,33 @@ cudaError_t launch(void (*kernel)(P...), const Launch& l, A&&... args) {
   return cudaLaunchKernelEx(&config, kernel, P(std::forward<A>(args))...);
 }
 #endif
+
+// Barrier of the cluster, and where another of its blocks has what this one has at p in shared memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // no clusters, and no plan with one
+__device__ __forceinline__ void cluster_sync() {
+  __trap();
+}
+template <class T>
+__device__ __forceinline__ T* of_rank(T* p, int) {
+  return p;
+}
+#else
+__device__ __forceinline__ void cluster_sync() {
+  cooperative_groups::this_cluster().sync();
+}
+template <class T>
+__device__ __forceinline__ T* of_rank(T* p, int rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(p, rank);
+}
+#endif
+
+// Waits until *arrived, which counts this call, has come to `all`. What came before, in all threads that had met, can
+// be read after it, by all threads that meet then.
+__device__ __forceinline__ void meet(unsigned* arrived, unsigned all) {
+  __threadfence();
+  atomicAdd(arrived, 1u);
+  while (atomicAdd(arrived, 0u) < all) __nanosleep(20);
+  __threadfence();
+}
 
 }  // namespace bnext::gpu

@@ -34,11 +34,12 @@ cudaError_t launch(const typename Op::Params& p, const Plan& plan, Work work, cu
 template <class T, class F>
 cudaError_t with_tile(Layout layout, const Plan& plan, F f) {
   const auto with = [&](auto tile) {
-    return plan.strategy == Strategy::resident ? f(tile, std::true_type{}) : f(tile, std::false_type{});
+    return plan.strategy == Strategy::streaming ? f(tile, std::false_type{}) : f(tile, std::true_type{});
   };
+  if (plan.planes) return with(gpu::TypeId<Rows<T, true, true>>{});
   if (layout == Layout::planar)
     return plan.whole ? with(gpu::TypeId<Planar<T, true>>{}) : with(gpu::TypeId<Planar<T, false>>{});
-  return plan.whole ? with(gpu::TypeId<ChannelsLast<T, true>>{}) : with(gpu::TypeId<ChannelsLast<T, false>>{});
+  return plan.whole ? with(gpu::TypeId<Rows<T, true, false>>{}) : with(gpu::TypeId<Rows<T, false, false>>{});
 }
 
 }  // namespace bnext::cuda

@@ -5,10 +5,12 @@
 #include <torch/library.h>
 
 #include <array>
+#include <cstdlib>
 #include <mutex>
 
 #include "../host.h"
 #include "backend.h"
+#include "planner.h"
 
 namespace bnext::cuda {
 namespace {
@@ -36,7 +38,14 @@ struct Runtime {
     return known[index];
   }
 
-  static Plan plan(const Request& request, const Device& device) { return make_plan(request, device); }
+  // BNEXT_CUDA_STRATEGY names the strategy to take wherever it is possible.
+  static Plan plan(const Request& request, const Device& device) {
+    static const std::optional<Strategy> forced = [] {
+      const char* const name = std::getenv("BNEXT_CUDA_STRATEGY");
+      return strategy_named(name ? name : "");
+    }();
+    return make_plan(request, device, forced);
+  }
 
   template <class Params>
   static void launched(const Params&, const Plan&, const at::Tensor&) {}

@@ -19,19 +19,22 @@ struct alignas(kPack * sizeof(T)) Pack {
 };
 
 // Aligned to the pack. Inputs are never written by the kernel that reads them, so 16 bytes may come through the
-// read-only cache.
+// read-only cache. once: nobody will want them from the second-level cache again.
 template <int kPack, class T>
-__device__ __forceinline__ Pack<T, kPack> load(const T* p) {
+__device__ __forceinline__ Pack<T, kPack> load(const T* p, bool once) {
   if constexpr (sizeof(Pack<T, kPack>) == sizeof(uint4)) {
-    return bit_cast<Pack<T, kPack>>(__ldg(reinterpret_cast<const uint4*>(p)));
+    const uint4* const q = reinterpret_cast<const uint4*>(p);
+    return bit_cast<Pack<T, kPack>>(once ? __ldcs(q) : __ldg(q));
   } else {
     return *reinterpret_cast<const Pack<T, kPack>*>(p);
   }
 }
 template <int kPack, class T>
-__device__ __forceinline__ void store(T* p, const Pack<T, kPack>& pack) {
+__device__ __forceinline__ void store(T* p, const Pack<T, kPack>& pack, bool once) {
   if constexpr (sizeof(pack) == sizeof(uint4)) {
-    *reinterpret_cast<uint4*>(p) = bit_cast<uint4>(pack);
+    uint4* const q = reinterpret_cast<uint4*>(p);
+    const uint4 value = bit_cast<uint4>(pack);
+    once ? __stcs(q, value) : static_cast<void>(*q = value);
   } else {
     *reinterpret_cast<Pack<T, kPack>*>(p) = pack;
   }

@@ -1,6 +1,6 @@
 // Partial results of one channel combined over a block, always in the same order: lane by lane down the warp, then warp
-// by warp (planar), or the lower half of the rows with the upper half until one is left (channels_last). A partial
-// result is a trivially copyable P with add(const P&) and a zero P{}.
+// by warp (planar), or the lower half of the rows with the upper half until one is left (otherwise), and then the
+// columns of a channel (planes). A partial result is a trivially copyable P with add(const P&) and a zero P{}.
 #pragma once
 
 #include "tile.cuh"
@@ -60,6 +60,32 @@ __device__ __forceinline__ void combine_rows(const Tile& tile, P (&part)[Tile::k
   }
 }
 
+// What combine_rows has found for the columns of planes: each lane 0 gets the sums of its columns' channels. A warp
+// takes a channel, its lanes column after column. memory: a P for each column.
+template <class Tile, class P>
+__device__ __forceinline__ void combine_columns(const Tile& tile, P (&part)[Tile::kColumns], P* memory) {
+  if (tile.lane() == 0) {
+#pragma unroll
+    for (int j = 0; j < Tile::kColumns; ++j) memory[tile.column() + j] = part[j];
+  }
+  __syncthreads();
+  const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
+  for (int channel = static_cast<int>(threadIdx.x) / 32; channel < tile.channels(); channel += warps) {
+    P* const own = memory + channel * tile.plane();
+    P sum{};
+    for (int i = lane; i < tile.plane(); i += 32) sum.add(own[i]);
+    combine_warp(sum);
+    __syncwarp();
+    if (lane == 0) *own = sum;
+  }
+  __syncthreads();
+  if (tile.lane() == 0) {
+#pragma unroll
+    for (int j = 0; j < Tile::kColumns; ++j) part[j] = memory[tile.place(j) * tile.plane()];
+  }
+}
+
+// Sums over the threads that share a column.
 template <class Tile, class P>
 __device__ __forceinline__ void combine(const Tile& tile, P (&part)[Tile::kColumns], P* memory) {
   if constexpr (Tile::kPlanar) {
@@ -67,6 +93,13 @@ __device__ __forceinline__ void combine(const Tile& tile, P (&part)[Tile::kColum
   } else {
     combine_rows(tile, part, memory);
   }
+}
+
+// Sums over all that a block has of a channel.
+template <class Tile, class P>
+__device__ __forceinline__ void combine_channels(const Tile& tile, P (&part)[Tile::kColumns], P* memory) {
+  combine(tile, part, memory);
+  if constexpr (Tile::kPlanes) combine_columns(tile, part, memory);
 }
 
 }  // namespace bnext::cuda

@@ -1,9 +1,11 @@
 // Which elements a thread of a block works on. A tile is the task of one block: a part of a slab (plan.h), whose packs,
 // here slots, are dealt out to the threads in order of memory:
-//   size(), slot(k), cached(k)   this thread's slots, and where a resident tile keeps them
-//   lane(), lanes()              which of the threads that share this thread's channels it is, and how many they are;
-//                                lane() == lanes() has no channels
-//   channel(j), column()         the channels of its packs, [0, kColumns), and where they stand in the slab
+//   size(), slot(k), cached(k)   this thread's slots, and where shared memory keeps them
+//   lane(), lanes()              which of the threads that share this thread's columns it is, and how many they are;
+//                                lane() == lanes() has none
+//   channel(j), place(j)         the channel of column j, [0, kColumns), of its packs; and where in the slab that is
+//   leads(j)                     whether no column before has the same channel
+//   column()                     where in the slab its columns begin
 #pragma once
 
 #include "pack.cuh"
@@ -29,33 +31,44 @@ struct Divisor {
 // What kernels need to know of a plan.
 struct Work {
   int64_t C, S, elements;     // channels, elements of a plane, elements of a tensor
-  int64_t chunk, chunks_end;  // slots (planar) or rows (channels_last) of a task, and of a slab
+  int64_t row;                // not planar: elements from one row to the next
+  int64_t chunk, chunks_end;  // slots (planar) or rows of a task, and of a slab
   Divisor row_slots;          // planar: slots of a row
-  int64_t slabs, splits;
-  int width;
-  bool packs;
-  bool reduce, apply;           // the phases of this launch
-  int cache_bytes, work_bytes;  // shared memory: a resident slab, then partial results, then factors
-  void* scratch;                // [splits, C] partial results
+  int64_t slabs;
+  int splits, width, channels;  // blocks, packs, channels of a slab
+  int held;                     // slots that a thread keeps in shared memory
+  Strategy strategy;
+  bool packs, past_cache;
+  bool reduce, apply;                         // the phases of this launch
+  int cache_bytes, work_bytes, factor_bytes;  // of shared memory; exchange follows
+  void* scratch;                              // [splits, C] partial results, then a counter for each group of blocks
 
-  Work(const Request& r, const Plan& plan, void* scratch)
+  Work(const Request& r, const Plan& plan, void* scratch) : Work(r, View(r), plan, scratch) {}
+
+ private:
+  Work(const Request& r, const View& v, const Plan& plan, void* scratch)
       : C(r.C),
         S(r.S),
         elements(r.N * r.C * r.S),
-        row_slots(cuda::row_slots(r, Sizes(r, plan.whole), plan.whole, plan.width)),
+        row(v.row),
+        chunk(ceil_div(v.length(), plan.splits)),
+        chunks_end(v.length()),
+        row_slots(std::max<int64_t>(1, v.row_slots)),
         slabs(plan.slabs),
-        splits(plan.splits),
+        splits(static_cast<int>(plan.splits)),
         width(static_cast<int>(plan.width)),
+        channels(static_cast<int>(v.channels(plan.width))),
+        held(static_cast<int>(plan.held)),
+        strategy(plan.strategy),
         packs(plan.packs),
+        past_cache(plan.past_cache),
         reduce(r.reduces),
         apply(true),
         scratch(scratch) {
-    const Sizes sizes(r, plan.whole);
-    chunks_end = slab_rows(r) * (r.layout == Layout::planar ? row_slots.divisor : 1);
-    chunk = ceil_div(chunks_end, splits);
-    const int64_t factors = plan.width * sizes.columns * sizes.factor;
-    work_bytes = static_cast<int>(working_bytes(r, sizes, plan.width, plan.threads) - factors);
-    cache_bytes = static_cast<int>(plan.shared - work_bytes - factors);
+    const Workspace space(r, v, plan.width, plan.threads, plan.cluster > 1);
+    cache_bytes = static_cast<int>(plan.shared - space.total());
+    work_bytes = static_cast<int>(space.work);
+    factor_bytes = static_cast<int>(space.factors);
   }
 };
 
@@ -72,7 +85,7 @@ template <class T_, bool kWhole_>
 class Planar {
  public:
   using T = T_;
-  static constexpr bool kWhole = kWhole_, kPlanar = true;
+  static constexpr bool kWhole = kWhole_, kPlanar = true, kPlanes = false;
   static constexpr int kPack = kPackBytes / sizeof(T), kColumns = 1;  // elements of a pack; channels of it
 
   __device__ Planar(const Work& w, int64_t slab, int64_t split) : w_(w), channel_(slab) {
@@ -97,6 +110,8 @@ class Planar {
   __device__ __forceinline__ int lane() const { return static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ int lanes() const { return static_cast<int>(blockDim.x); }
   __device__ __forceinline__ int64_t channel(int) const { return channel_; }
+  __device__ __forceinline__ int place(int) const { return 0; }
+  __device__ __forceinline__ bool leads(int) const { return true; }
   __device__ __forceinline__ int column() const { return 0; }
 
  private:
@@ -105,22 +120,23 @@ class Planar {
   int size_;
 };
 
-// The channels of `width` packs side by side, of [N * S, C]; width threads take a row, others the next ones. A pack is
-// one element where rows are not whole numbers of aligned packs.
-template <class T_, bool kWhole_>
-class ChannelsLast {
+// `width` packs side by side of a matrix: [N * S, C] (channels_last), whose columns are channels, or [N, C * S]
+// (planes), where S columns are one. width threads take a row, others the next ones. A pack is one element where rows
+// are not whole numbers of aligned packs.
+template <class T_, bool kWhole_, bool kPlanes_>
+class Rows {
  public:
   using T = T_;
-  static constexpr bool kWhole = true, kPlanar = false;
+  static constexpr bool kWhole = true, kPlanar = false, kPlanes = kPlanes_;
   static constexpr int kPack = kWhole_ ? kPackBytes / sizeof(T) : 1, kColumns = kPack;
 
-  __device__ ChannelsLast(const Work& w, int64_t slab, int64_t split) : w_(w) {
+  __device__ Rows(const Work& w, int64_t slab, int64_t split) : w_(w), first_(slab * w.channels) {
     const int thread = static_cast<int>(threadIdx.x);
     lanes_ = static_cast<int>(blockDim.x) / w.width;
     lane_ = thread / w.width;
     x_ = thread - lane_ * w.width;
-    channel_ = (slab * w.width + x_) * kPack;
-    if (channel_ >= w.C) lane_ = lanes_;
+    at_ = (slab * w.width + x_) * kPack;
+    if (at_ >= w.row) lane_ = lanes_;
     row_ = split * w.chunk + lane_;
     const int64_t count = min((split + 1) * w.chunk, w.chunks_end) - row_;
     size_ = lane_ < lanes_ && count > 0 ? static_cast<int>((count + lanes_ - 1) / lanes_) : 0;
@@ -128,18 +144,24 @@ class ChannelsLast {
 
   __device__ __forceinline__ int size() const { return size_; }
   __device__ __forceinline__ Slot slot(int k) const {
-    return {(row_ + static_cast<int64_t>(k) * lanes_) * w_.C + channel_, 0, kPack};
+    return {(row_ + static_cast<int64_t>(k) * lanes_) * w_.row + at_, 0, kPack};
   }
   __device__ __forceinline__ int cached(int k) const { return (lane_ + k * lanes_) * w_.width + x_; }
   __device__ __forceinline__ int lane() const { return lane_; }
   __device__ __forceinline__ int lanes() const { return lanes_; }
-  __device__ __forceinline__ int64_t channel(int j) const { return channel_ + j; }
+  __device__ __forceinline__ int64_t channel(int j) const { return first_ + place(j); }
+  __device__ __forceinline__ int place(int j) const { return kPlanes ? (column() + j) / plane() : column() + j; }
+  __device__ __forceinline__ bool leads(int j) const { return !kPlanes || (column() + j) % plane() == 0; }
   __device__ __forceinline__ int column() const { return x_ * kColumns; }
   __device__ __forceinline__ int width() const { return w_.width; }
+  __device__ __forceinline__ int channels() const {  // of the slab
+    return static_cast<int>(min(static_cast<int64_t>(w_.channels), w_.C - first_));
+  }
+  __device__ __forceinline__ int plane() const { return static_cast<int>(w_.S); }
 
  private:
   const Work& w_;
-  int64_t channel_, row_;
+  int64_t first_, at_, row_;
   int x_, lane_, lanes_, size_;
 };
 
@@ -149,16 +171,17 @@ __device__ __forceinline__ bool holds(const Slot& slot, int j) {
   return Tile::kWhole ? slot.end != 0 : j >= slot.begin && j < slot.end;
 }
 
-// The slot's elements; those outside [begin, end) are anything. An empty slot reads nothing.
+// The slot's elements; those outside [begin, end) are anything. An empty slot reads nothing. once: as in pack.cuh.
 template <class Tile, class T = typename Tile::T>
-__device__ __forceinline__ Pack<T, Tile::kPack> load(const Work& w, const T* tensor, const Slot& slot) {
+__device__ __forceinline__ Pack<T, Tile::kPack> load(const Work& w, const T* tensor, const Slot& slot,
+                                                     bool once = false) {
   constexpr int kPack = Tile::kPack;
   Pack<T, kPack> pack = {};
   if (slot.size() == 0) return pack;
   if constexpr (Tile::kWhole) {
-    return load<kPack>(tensor + slot.at);
+    return load<kPack>(tensor + slot.at, once);
   } else {
-    if (w.packs && slot.at + kPack <= w.elements) return load<kPack>(tensor + slot.at);
+    if (w.packs && slot.at + kPack <= w.elements) return load<kPack>(tensor + slot.at, false);
 #pragma unroll
     for (int j = 0; j < kPack; ++j)
       if (holds<Tile>(slot, j)) pack.element[j] = tensor[slot.at + j];
@@ -171,9 +194,9 @@ __device__ __forceinline__ void store(const Work& w, T* tensor, const Slot& slot
   constexpr int kPack = Tile::kPack;
   if (slot.size() == 0) return;
   if constexpr (Tile::kWhole) {
-    store<kPack>(tensor + slot.at, pack);
+    store<kPack>(tensor + slot.at, pack, w.past_cache);
   } else {
-    if (w.packs && slot.size() == kPack) return store<kPack>(tensor + slot.at, pack);
+    if (w.packs && slot.size() == kPack) return store<kPack>(tensor + slot.at, pack, w.past_cache);
 #pragma unroll
     for (int j = 0; j < kPack; ++j)
       if (holds<Tile>(slot, j)) tensor[slot.at + j] = pack.element[j];

@@ -14,6 +14,8 @@ GPU = {
     "shared_per_multiprocessor": 228 * 1024,
     "threads_per_multiprocessor": 2048,
     "l2": 0,
+    "bandwidth": 10**12,
+    "clustered": (6, 4, 0, 0),
     "cooperative": True,
 }
 
@@ -44,6 +46,6 @@ def load(path: Path) -> None:
 def reset(**gpu: Any) -> None:
     """The small GPU with these properties changed, no strategy forced, the plainest schedule."""
     assert module is not None
-    module.set_gpu(**(GPU | gpu))
+    module.set_gpu(GPU | gpu)
     module.force("")
     module.configure("fwd", 0, True)

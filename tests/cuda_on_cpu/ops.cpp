@@ -10,6 +10,8 @@
 #include "../../csrc/host.h"
 #include "backend.h"
 #include "cuda_on_cpu.h"
+#include "plan_dict.h"
+#include "planner.h"
 
 namespace py = pybind11;
 
@@ -61,14 +63,7 @@ struct Runtime {
   };
   static cudaStream_t stream(c10::Device) { return nullptr; }
   static Device device(c10::Device) { return gpu; }
-  // With a strategy forced, that one wherever it can be.
-  static Plan plan(const Request& request, const Device& device) {
-    const Planner planner(request, device);
-    const Plan resident = planner.resident();
-    const bool possible = request.training && request.reduces && request.applies && resident.width > 0;
-    if (forced == Strategy::streaming) return planner.streaming();
-    return forced == Strategy::resident && possible ? resident : planner.plan();
-  }
+  static Plan plan(const Request& request, const Device& device) { return make_plan(request, device, forced); }
   template <class Params>
   static void launched(const Params& p, const Plan& plan, const at::Tensor& scratch) {
     last_plan = plan;
@@ -81,9 +76,9 @@ struct Runtime {
   }
 };
 
-void set_gpu(std::int64_t multiprocessors, std::int64_t shared_per_block, std::int64_t shared_per_multiprocessor,
-             std::int64_t threads_per_multiprocessor, std::int64_t l2, bool cooperative) {
-  gpu = {multiprocessors, shared_per_block, shared_per_multiprocessor, threads_per_multiprocessor, l2, cooperative};
+void set_gpu(const py::dict& properties) {
+  gpu = device_of(properties);
+  const auto [multiprocessors, shared_per_block] = std::pair{gpu.multiprocessors, gpu.shared_per_block};
   cuda_on_cpu::config().num_sms = static_cast<unsigned>(multiprocessors);
   cuda_on_cpu::config().shared_limit = static_cast<size_t>(shared_per_block);
 }
@@ -105,12 +100,8 @@ py::dict traffic() {
 }
 
 py::dict planned() {
-  py::dict d;
-  if (!last_plan) return d;
-  d["strategy"] = last_plan->strategy == Strategy::resident ? "resident" : "streaming";
-  d["launches"] = last_plan->launches;
-  d["cooperative"] = last_plan->cooperative;
-  return d;
+  if (!last_plan) return {};
+  return as_dict(*last_plan);
 }
 
 }  // namespace
@@ -121,13 +112,8 @@ TORCH_LIBRARY_IMPL(bnext, CPU, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using py::arg;
-  m.def("set_gpu", &set_gpu, arg("multiprocessors"), arg("shared_per_block"), arg("shared_per_multiprocessor"),
-        arg("threads_per_multiprocessor"), arg("l2"), arg("cooperative"));
-  m.def("force", [](const std::string& strategy) {
-    forced.reset();
-    if (strategy == "streaming") forced = Strategy::streaming;
-    if (strategy == "resident") forced = Strategy::resident;
-  });
+  m.def("set_gpu", &set_gpu, arg("properties"));
+  m.def("force", [](const std::string& strategy) { forced = strategy_named(strategy); });
   m.def("configure", &cuda_on_cpu::configure, arg("schedule"), arg("seed"), arg("check"));
   m.def("take_multiprocessors", [](unsigned left) { cuda_on_cpu::config().num_sms = left; });
   m.def("launches", [] { return cuda_on_cpu::totals().launches; });

@@ -77,8 +77,8 @@ class Planner {
     const double pause = p.strategy == Strategy::block     ? tuning::kBlockPause
                          : p.strategy == Strategy::cluster ? tuning::kClusterPause
                                                            : tuning::kGridPause;
-    const bool streams = p.strategy == Strategy::streaming;
-    const double pauses = !streams ? static_cast<double>(rounds * p.threads) / kMaxThreads : r.reduces ? 1.0 : 0.0;
+    const bool streams = p.strategy == Strategy::streaming, hides = p.threads < kMaxThreads && p.blocks > p.splits;
+    const double pauses = streams ? (r.reduces ? 1.0 : 0.0) : static_cast<double>(rounds) * (hides ? 0.5 : 1.0);
     return bytes * 1e6 / (static_cast<double>(d.bandwidth) * std::min(1.0, busy)) * uneven + pause * pauses;
   }
 
@@ -105,16 +105,16 @@ class Planner {
 
   Kind kind(bool resident) const { return {resident, r.backward, v.planar, v.whole, itemsize(r.dtype)}; }
 
-  // Packs of a slab: about 512 contiguous bytes at most, and at least 64.
+  // Packs of a slab: contiguous bytes about as many as tuning.h says.
   std::int64_t widest() const {
     if (v.planar) return 1;
-    const std::int64_t most = std::clamp<std::int64_t>(512 / v.pack_bytes(itemsize(r.dtype)), 1, kMaxThreads / 4);
+    const std::int64_t most = std::clamp<std::int64_t>(tuning::kWidest / v.pack_bytes(itemsize(r.dtype)), 1, kMaxThreads / 4);
     return std::min(round_up(v.packs, v.period), std::max<std::int64_t>(1, most / v.period) * v.period);
   }
   // The next width to try, or 0.
   std::int64_t narrower(std::int64_t width) const {
     const std::int64_t next = width / 2 / v.period * v.period;
-    return next * v.pack_bytes(itemsize(r.dtype)) >= 64 ? next : 0;
+    return next * v.pack_bytes(itemsize(r.dtype)) >= tuning::kNarrowest ? next : 0;
   }
 
   std::int64_t shared_limit(std::int64_t blocks) const {

@@ -4,9 +4,13 @@
 
 namespace bnext::cuda::tuning {
 
+// Contiguous bytes of a row that a slab has, at most and where narrower ones would fit better: not measured; memory is
+// read in sectors of 32 bytes, and by 64 where both are missing.
+constexpr int kWidest = 512, kNarrowest = 64;
+
 // Microseconds in which a block neither loads nor stores, from its last load to its first store, and on to its first
 // load: not measured; a handful of latencies of shared memory and of memory (0.6 us, public microbenchmarks of H100).
-// Two blocks on a multiprocessor hide each other's.
+// Two blocks on a multiprocessor hide each other's, if they do not wait for each other.
 constexpr double kBlockPause = 1.0;
 // The same with a cluster's barrier between: not measured; 0.2 us a barrier, and blocks that wait for the slowest.
 constexpr double kClusterPause = 1.6;

@@ -57,7 +57,7 @@ struct Config {
   unsigned resident_blocks = 4;      // blocks whose threads are interleaved; clusters and cooperative grids stay whole
   unsigned num_sms = 8;              // bounds cooperative grids
   size_t shared_limit = 227 * 1024;  // bytes of shared memory per block, static and dynamic
-  unsigned max_cluster = 8;
+  unsigned max_cluster = 16;
 };
 Config& config();
 void configure(const std::string& schedule, unsigned seed, bool check);

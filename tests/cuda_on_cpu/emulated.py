@@ -7,14 +7,15 @@ from typing import Any
 
 from cuda_on_cpu import build
 
-# A small GPU: few multiprocessors, so that small grids already have several tasks a block.
+# A small GPU: few multiprocessors, so that small grids already have several tasks a block, and short of bandwidth, so
+# that memory is what the planner spares.
 GPU = {
     "multiprocessors": 6,
     "shared_per_block": 227 * 1024,
     "shared_per_multiprocessor": 228 * 1024,
     "threads_per_multiprocessor": 2048,
     "l2": 0,
-    "bandwidth": 10**12,
+    "bandwidth": 10**9,
     "clustered": (6, 4, 0, 0),
     "cooperative": True,
 }

@@ -5,6 +5,7 @@
 In this build a race, an access outside a buffer and a read of what nobody wrote make an op raise.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 import bnext
 
 SCHEDULES = [("fwd", 0), ("rev", 0), ("rand", 1), ("warp", 2)]
-STRATEGIES = ["streaming", "resident"]
+STRATEGIES = ["streaming", "block"]
 ALL = [True, True, True]
 
 # Planes and rows that are whole packs of 16 bytes and that are not; splits and slabs of several blocks; the degenerate.
@@ -35,8 +36,29 @@ SHAPES = [
     (1, 1, 2, 1),
 ]
 
+# Slabs that several blocks have, on GPUs of one multiprocessor and of sixteen too: strategy, GPU, shape, layout.
+ONE = {"multiprocessors": 1, "shared_per_block": 44 * 1024, "shared_per_multiprocessor": 90 * 1024}
+SIXTEEN = {"multiprocessors": 16, "clustered": (16, 16, 16, 16)}
+SHARED = [
+    *((strategy, {}, shape, layout) for strategy in ("cluster", "grid") for layout in LAYOUTS for shape in (
+        (48, 8, 7, 7),  # contiguous: slabs of several planes
+        (8, 3, 31, 33),  # packs that reach into other planes, rows of single elements
+        (6, 2, 40, 40),
+    )),
+    ("cluster", SIXTEEN, (5, 1, 80, 80), "contiguous"),
+    ("cluster", SIXTEEN, (7, 32, 20, 20), "channels_last"),
+    ("retained", ONE, (32, 2, 40, 40), "contiguous"),
+    ("retained", ONE, (120, 8, 7, 7), "contiguous"),
+    ("retained", ONE, (32, 2, 40, 40), "channels_last"),
+    ("retained", ONE, (8, 8, 40, 40), "channels_last"),
+]  # fmt: skip
+
+# One that each strategy can take whatever the dtype, on a GPU of sixteen.
+EACH = {"streaming": (4, 16, 16, 16), "block": (4, 16, 16, 16), "cluster": (16, 8, 16, 32), "grid": (16, 8, 16, 32)}
+
 by_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+by_shared = pytest.mark.parametrize(("strategy", "gpu", "shape", "layout"), SHARED, ids=lambda v: "" if v == {} else None)
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +112,36 @@ def test_every_order_gives_the_same_bits(shape, dtypes, layout, strategy):
     assert all(equal(found[0], other) for other in found[1:])
 
 
+@by_shared
+@by_dtypes
+def test_every_order_gives_the_same_bits_of_shared_slabs(strategy, gpu, shape, layout, dtypes):
+    assert emulated.module is not None
+    emulated.reset(**gpu)
+    emulated.module.force(strategy)
+    x, dy = (values(shape, dtypes[0], layout) for _ in range(2))
+    arguments = channel_arguments(shape[1], dtypes[1])
+    found = []
+    for schedule, seed in SCHEDULES:
+        emulated.module.configure(schedule, seed, True)
+        *results, counter = train(x, arguments)
+        assert emulated.module.planned()["strategy"] == strategy
+        assert counter == 5
+        results += bnext.ops.batch_norm_backward(dy, x, arguments["weight"], *results[1:3], True, ALL)
+        assert emulated.module.planned()["strategy"] == strategy
+        found.append(results)
+    assert all(equal(found[0], other) for other in found[1:])
+
+
+@by_shared
+@by_dtypes
+def test_results_of_shared_slabs(strategy, gpu, shape, layout, dtypes):
+    assert emulated.module is not None
+    emulated.reset(**gpu)
+    emulated.module.force(strategy)
+    x, dy = (values(shape, dtypes[0], layout) for _ in range(2))
+    check(x, grad_output=dy, **channel_arguments(shape[1], dtypes[1]))
+
+
 @by_shape
 @by_dtypes
 @by_layout
@@ -115,19 +167,24 @@ def test_large_means(layout, strategy):
 
 
 @by_layout
-@by_strategy
+@pytest.mark.parametrize("strategy", EACH)
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
 @pytest.mark.parametrize("cooperative", [True, False], ids=["cooperative", "not"])
 def test_launches(layout, strategy, momentum, cooperative):
     """One for a forward and one for its backward wherever launches may be cooperative."""
     assert emulated.module is not None
-    emulated.reset(cooperative=cooperative)
-    emulated.module.force(strategy if cooperative or momentum else "")
-    x, arguments = values((4, 8, 16, 16), torch.float32, layout), channel_arguments(8, torch.float32)
+    emulated.reset(**SIXTEEN, cooperative=cooperative)
+    emulated.module.force(strategy)
+    x = values(EACH[strategy], torch.float32, layout)
+    arguments = channel_arguments(x.shape[1], torch.float32)
     before = emulated.module.launches()
     *saved, mean, _, counter = train(x, arguments, momentum)
-    barrier = emulated.module.planned()["strategy"] == "streaming" or momentum is None
-    assert emulated.module.planned()["cooperative"] == (barrier and cooperative)
+    planned = emulated.module.planned()
+    # Clusters do not wait for the counter; nothing but a cooperative launch does.
+    possible = {"cluster": bool(momentum), "grid": cooperative, "block": cooperative or bool(momentum)}
+    assert (planned["strategy"] == strategy) == possible.get(strategy, True)
+    barrier = planned["strategy"] in ("streaming", "grid") or momentum is None
+    assert planned["cooperative"] == (barrier and cooperative)
     assert emulated.module.launches() - before == (1 if cooperative or not barrier else 2)
     assert counter == 5
     factor = 0.1 if momentum else 0.2
@@ -140,20 +197,22 @@ def test_launches(layout, strategy, momentum, cooperative):
 
 
 @by_layout
-@by_strategy
+@pytest.mark.parametrize("strategy", EACH)
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
 def test_a_skipped_channel_is_counted_once(layout, strategy, momentum):
     assert emulated.module is not None
+    emulated.reset(**SIXTEEN)
     emulated.module.force(strategy)
-    x, arguments = values((4, 8, 16, 16), torch.float32, layout), channel_arguments(8, torch.float32)
+    x = values(EACH[strategy], torch.float32, layout)
+    arguments, channels = channel_arguments(x.shape[1], torch.float32), x.shape[1]
     x[2, 3, 5, 7] = torch.nan
-    skipped, before = torch.zeros(8, dtype=torch.int64), emulated.module.launches()
+    skipped, before = torch.zeros(channels, dtype=torch.int64), emulated.module.launches()
     found = []
     for schedule, seed in SCHEDULES:
         emulated.module.configure(schedule, seed, True)
         found.append(list(train(x, arguments, momentum, skipped)[3:]))
     assert emulated.module.launches() - before == len(SCHEDULES)
-    assert skipped.tolist() == [len(SCHEDULES) * (c == 3) for c in range(8)]
+    assert skipped.tolist() == [len(SCHEDULES) * (c == 3) for c in range(channels)]
     assert all(equal(found[0], other) for other in found[1:])
     assert found[0][0][3] == arguments["running_mean"][3]
     assert found[0][1][3] == arguments["running_var"][3]
@@ -186,13 +245,31 @@ def test_a_grid_that_cannot_be_resident_falls_back():
     assert emulated.module.launches() - before == 3  # the refused one is counted
 
 
+@by_layout
+def test_a_grid_that_cannot_hold_slabs_falls_back(layout):
+    assert emulated.module is not None
+    emulated.reset(**SIXTEEN)
+    emulated.module.force("grid")
+    x, arguments = values((16, 8, 16, 32), torch.float32, layout), channel_arguments(8, torch.float32)
+    expected = train(x, arguments)
+    emulated.module.take_multiprocessors(1)
+    found = train(x, arguments)
+    assert emulated.module.planned()["strategy"] != "grid"
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 TRAFFIC = [
     # op, strategy, tensors: times read and written
     ("train", "streaming", {"input": (2, 0), "output": (0, 1)}),
-    ("train", "resident", {"input": (1, 0), "output": (0, 1)}),
+    ("train", "block", {"input": (1, 0), "output": (0, 1)}),
+    ("train", "cluster", {"input": (1, 0), "output": (0, 1)}),
+    ("train", "grid", {"input": (1, 0), "output": (0, 1)}),
     ("eval", "", {"input": (1, 0), "output": (0, 1)}),
     ("backward", "streaming", {"grad_output": (2, 0), "input": (2, 0), "grad_input": (0, 1)}),
-    ("backward", "resident", {"grad_output": (1, 0), "input": (1, 0), "grad_input": (0, 1)}),
+    ("backward", "block", {"grad_output": (1, 0), "input": (1, 0), "grad_input": (0, 1)}),
+    ("backward", "cluster", {"grad_output": (1, 0), "input": (1, 0), "grad_input": (0, 1)}),
+    ("backward", "grid", {"grad_output": (1, 0), "input": (1, 0), "grad_input": (0, 1)}),
     ("backward of weight and bias", "streaming", {"grad_output": (1, 0), "input": (1, 0)}),
     ("eval backward", "", {"grad_output": (1, 0), "input": (1, 0), "grad_input": (0, 1)}),
     ("eval backward of input", "", {"grad_output": (1, 0), "input": (0, 0), "grad_input": (0, 1)}),
@@ -221,10 +298,13 @@ def traffic(op: str, x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 def test_traffic(op, strategy, times, layout, dtypes):
     """Every tensor moves so often and no oftener, 16 bytes at a time."""
     assert emulated.module is not None
+    emulated.reset(**SIXTEEN)
     emulated.module.force(strategy)
-    x = values((8, 16, 16, 16), dtypes[0], layout)
-    size = 8 * 16 * 16 * 16 * {torch.float64: 8, torch.float32: 4}.get(dtypes[0], 2)
+    shape = EACH[strategy or "streaming"]
+    x = values(shape, dtypes[0], layout)
+    size = math.prod(shape) * {torch.float64: 8, torch.float32: 4}.get(dtypes[0], 2)
     found = traffic(op, x, dtypes[1])
+    assert emulated.module.planned()["strategy"] == (strategy or "streaming")
     for name, (reads, writes) in times.items():
         assert (found[name]["read"], found[name]["written"]) == (reads * size, writes * size), name
         assert found[name]["reads"] == [0, 0, 0, 0, reads * size // 16], name
@@ -234,15 +314,53 @@ def test_traffic(op, strategy, times, layout, dtypes):
 @by_strategy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_traffic_of_ragged_planes(strategy, dtype):
-    """Planes of 98 or 196 bytes: written once, and read with at most 14 bytes more at either end."""
+    """Planes of 98 or 196 bytes in odd images: written once, and read with at most 14 bytes more at either end."""
     assert emulated.module is not None
     emulated.module.force(strategy)
     itemsize = 4 if dtype == torch.float32 else 2
-    size, ends = 12 * 24 * 49 * itemsize, 12 * 24 * 2 * (16 - itemsize)
+    size, ends = 12 * 25 * 49 * itemsize, 12 * 25 * 2 * (16 - itemsize)
     times = 2 if strategy == "streaming" else 1
-    found = traffic("train", values((12, 24, 7, 7), dtype), dtype)
+    found = traffic("train", values((12, 25, 7, 7), dtype), dtype)
     assert found["output"]["written"] == size
     assert times * size <= found["input"]["read"] <= times * (size + ends)
+
+
+@pytest.mark.parametrize("op", ["train", "backward"])
+@pytest.mark.parametrize("side", [7, 14])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_traffic_of_small_planes(op, side, dtype):
+    """Planes of 7x7 and 14x14 whose images are whole packs: nothing but these, read once and written once."""
+    assert emulated.module is not None
+    found = traffic(op, values((12, 24, side, side), dtype), dtype)
+    planned = emulated.module.planned()
+    assert planned["planes"] == (side == 7 or dtype == torch.bfloat16)  # others are whole packs by themselves
+    assert planned["strategy"] in ("block", "cluster", "grid")
+    packs = 12 * 24 * side * side * {torch.float64: 8, torch.float32: 4}.get(dtype, 2) // 16
+    for name in ("input", "grad_output") if op == "backward" else ("input",):
+        assert found[name]["reads"] == [0, 0, 0, 0, packs], name
+    assert found["grad_input" if op == "backward" else "output"]["writes"] == [0, 0, 0, 0, packs]
+
+
+@pytest.mark.parametrize(("shape", "layout", "op", "again"), [
+    # Slots of 16 bytes; two blocks, of 256 threads that keep four of them, or two of each tensor.
+    ((32, 2, 40, 40), "contiguous", "train", 2 * (6400 - 2 * 2 * 4 * 256)),
+    ((32, 2, 40, 40), "contiguous", "backward", 2 * 2 * (6400 - 2 * 1 * 4 * 256)),
+    ((120, 8, 7, 7), "contiguous", "train", 120 * 49 - 2 * 4 * 245),
+    ((8, 8, 40, 40), "channels_last", "train", 8 * 1600 - 2 * 4 * 256),
+])  # fmt: skip
+def test_traffic_of_what_is_kept_in_part(shape, layout, op, again):
+    """Read once more: what has no room in the blocks' shared memory."""
+    assert emulated.module is not None
+    emulated.reset(**ONE)
+    emulated.module.force("retained")
+    x = values(shape, torch.bfloat16, layout)
+    found = traffic(op, x, torch.float32)
+    planned, inputs = emulated.module.planned(), ("input", "grad_output") if op == "backward" else ("input",)
+    assert planned["strategy"] == "retained"
+    read = sum(found[name]["read"] for name in inputs)
+    assert read == planned["read"]
+    assert read == len(inputs) * x.numel() * 2 + again * 16
+    assert found["grad_input" if op == "backward" else "output"]["written"] == x.numel() * 2
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)

@@ -70,6 +70,9 @@ PYBIND11_MODULE(_C, m) {
         "How the CPU kernels take a training step, as a dict. group: channels taken together, from a cache that holds "
         "them, 0: the whole tensor. streaming: whether results are written past the caches. cache: bytes of the last.");
   m.def(
+      "gpu", [] { return bnext::cuda::as_dict(bnext::cuda::current_device()); },
+      "The properties of torch's current CUDA device that plan takes; NotImplementedError without CUDA kernels.");
+  m.def(
       "plan", &plan, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"), arg("backward"),
       arg("training"), arg("reduces"), arg("applies"), arg("cumulative"), arg("aligned"), arg("gpu"),
       arg("strategy") = "",

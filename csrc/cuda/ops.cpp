@@ -34,7 +34,10 @@ struct Runtime {
     static std::array<std::once_flag, kDevices> once;
     const size_t index = static_cast<size_t>(device.index());
     TORCH_CHECK(index < kDevices, "expected a CUDA device below ", kDevices, ", got ", device);
-    std::call_once(once[index], [&] { check(query(known[index])); });
+    std::call_once(once[index], [&] {
+      const Guard current(device);
+      check(query(known[index]));
+    });
     return known[index];
   }
 
@@ -59,6 +62,10 @@ struct Runtime {
 };
 
 }  // namespace
+
+Device current_device() {
+  return Runtime::device(c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getDevice());
+}
 
 TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
   host::register_backend<Backend<Runtime>>(m);

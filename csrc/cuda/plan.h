@@ -31,6 +31,9 @@ struct Device {
   bool cooperative;                       // whether a launch may be cooperative
 };
 
+// What torch's current CUDA device has; an error in a build without CUDA kernels.
+Device current_device();
+
 // Where a training step keeps a slab between the statistics and the normalisation.
 enum class Strategy : std::int32_t {
   streaming,  // nowhere: statistics of everything, a grid barrier, then the tensors are read again

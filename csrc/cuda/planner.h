@@ -108,7 +108,8 @@ class Planner {
   // Packs of a slab: contiguous bytes about as many as tuning.h says.
   std::int64_t widest() const {
     if (v.planar) return 1;
-    const std::int64_t most = std::clamp<std::int64_t>(tuning::kWidest / v.pack_bytes(itemsize(r.dtype)), 1, kMaxThreads / 4);
+    const std::int64_t most =
+        std::clamp<std::int64_t>(tuning::kWidest / v.pack_bytes(itemsize(r.dtype)), 1, kMaxThreads / 4);
     return std::min(round_up(v.packs, v.period), std::max<std::int64_t>(1, most / v.period) * v.period);
   }
   // The next width to try, or 0.

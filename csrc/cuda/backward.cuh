@@ -47,8 +47,9 @@ struct Backward {
     if (tile.size() > 0) {
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        mean[j] = static_cast<const A*>(p.mean)[tile.channel(j)];
-        scale[j] = writes ? slope(tile.channel(j)) : A(0);
+        const int64_t c = tile.first() + tile.place(j);
+        mean[j] = static_cast<const A*>(p.mean)[c];
+        scale[j] = writes ? slope(c) : A(0);
       }
     }
     for_slots<kUnroll>(tile, [&](const Slot(&slots)[kUnroll], int k) {
@@ -80,28 +81,24 @@ struct Backward {
     });
   }
 
-  __device__ __forceinline__ void finish(const Tile& tile, const Partial (&part)[kColumns], bool writes) const {
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      const int64_t c = tile.channel(j);
-      const double invstd = static_cast<const A*>(p.invstd)[c], count = static_cast<double>(p.count());
-      const bool leads = writes && tile.leads(j);
-      if (leads && p.grad_bias) write(p.grad_bias, p.param_dtype, c, part[j].sum_dy);
-      if (leads && p.grad_weight) write(p.grad_weight, p.param_dtype, c, math::grad_weight(part[j].sum_dy_xmu, invstd));
-      memory.factor(tile, kMean, j) = static_cast<const A*>(p.mean)[c];
-      memory.factor(tile, kScale, j) = slope(c);
-      memory.factor(tile, kGradMean, j) = static_cast<A>(part[j].sum_dy / count);
-      memory.factor(tile, kProjection, j) = static_cast<A>(math::projection(part[j].sum_dy_xmu, invstd, count));
-    }
+  __device__ __forceinline__ void finish(int64_t c, int place, const Partial& sum, bool writes) const {
+    const double invstd = static_cast<const A*>(p.invstd)[c], count = static_cast<double>(p.count());
+    if (writes && p.grad_bias) write(p.grad_bias, p.param_dtype, c, sum.sum_dy);
+    if (writes && p.grad_weight) write(p.grad_weight, p.param_dtype, c, math::grad_weight(sum.sum_dy_xmu, invstd));
+    memory.factor(kMean, place) = static_cast<const A*>(p.mean)[c];
+    memory.factor(kScale, place) = slope(c);
+    memory.factor(kGradMean, place) = static_cast<A>(sum.sum_dy / count);
+    memory.factor(kProjection, place) = static_cast<A>(math::projection(sum.sum_dy_xmu, invstd, count));
   }
 
   __device__ __forceinline__ void apply(const Tile& tile) const {
     if (tile.size() == 0) return;
     A factor[4][kColumns];
 #pragma unroll
-    for (int f = 0; f < 4; ++f) {
+    for (int j = 0; j < kColumns; ++j) {
+      const int place = tile.place(j);
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) factor[f][j] = memory.factor(tile, f, j);
+      for (int f = 0; f < 4; ++f) factor[f][j] = memory.factor(f, place);
     }
     for_slots_backward<kUnroll>(tile, [&](const Slot(&slots)[kUnroll], int k) {
       Pack<T, kPack> dy[kUnroll], x[kUnroll];

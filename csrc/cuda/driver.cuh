@@ -3,7 +3,7 @@
 //   begin()                           once a launch, by one thread, before anything else
 //   waits(), reduces(), applies()     whether what begin() wrote is read by finish(); which phases there are
 //   reduce(tile, part)                this thread's partial results
-//   finish(tile, part, writes)        by lane 0 of each column: sums to factors; if it writes, all results [C] too
+//   finish(c, place, sum, writes)     once for each channel: sums to factors; if it writes, all results [C] too
 //   apply(tile)                       writes the tensor [N, C, S]
 #pragma once
 
@@ -18,19 +18,17 @@ struct Memory {
   using A = Compute<T>;
   Pack<T, Tile::kPack>* cache;  // packs that are kept, tensor after tensor
   Partial* work;                // partial results being combined
-  A* factors;                   // what applying needs of each column: [factor, columns of the slab]
-  Partial* exchange;            // of a cluster: [2, channels of the slab]
-  int columns;
+  Partial* sums;                // of the slab's channels; of a cluster: [2, channels]
+  A* factors;                   // what applying needs of each channel: [factor, channels]
+  int channels;
 
   __device__ Memory(const Work& w, unsigned char* shared)
       : cache(reinterpret_cast<Pack<T, Tile::kPack>*>(shared)),
         work(reinterpret_cast<Partial*>(shared + w.cache_bytes)),
-        factors(reinterpret_cast<A*>(shared + w.cache_bytes + w.work_bytes)),
-        exchange(reinterpret_cast<Partial*>(shared + w.cache_bytes + w.work_bytes + w.factor_bytes)),
-        columns(w.width * Tile::kColumns) {}
-  __device__ __forceinline__ A& factor(const Tile& tile, int f, int j) const {
-    return factors[f * columns + tile.column() + j];
-  }
+        sums(reinterpret_cast<Partial*>(shared + w.cache_bytes + w.work_bytes)),
+        factors(reinterpret_cast<A*>(shared + w.cache_bytes + w.work_bytes + w.sum_bytes)),
+        channels(w.channels) {}
+  __device__ __forceinline__ A& factor(int f, int place) const { return factors[f * channels + place]; }
 };
 
 // A group of blocks takes slab after slab, each block its split, and reads each once, or what it does not keep twice.
@@ -39,19 +37,18 @@ template <class Op>
 __device__ __forceinline__ void run_resident(const Op& op, const Work& w) {
   using Tile = typename Op::Tile;
   using Partial = typename Op::Partial;
-  Group<Partial> group(w, op.memory.exchange);
+  Group<Partial> group(w);
   if (blockIdx.x == 0 && threadIdx.x == 0) op.begin();
   if (op.waits() && !group.meets_all()) cooperative_groups::this_grid().sync();
   for (int64_t slab = group.index(); slab < w.slabs; slab += group.count()) {
     const Tile tile(w, slab, group.rank());
     Partial part[Tile::kColumns] = {};
     op.reduce(tile, part);
-    combine_channels(tile, part, op.memory.work);
-    if (w.splits > 1) {
-      group.exchange(tile, part);
-      combine(tile, part, op.memory.work);
-    }
-    if (tile.lane() == 0) op.finish(tile, part, group.rank() == 0);
+    Partial* const sums = group.place(op.memory.sums);
+    combine(tile, part, op.memory.work, sums);
+    const Finishers row(tile);
+    const Partial sum = group.total(tile, row, sums, op.memory.work);
+    if (row.lane() == 0) op.finish(tile.first() + row.place(), row.place(), sum, group.rank() == 0);
     __syncthreads();
     op.apply(tile);
   }
@@ -72,8 +69,9 @@ __device__ __forceinline__ void run_streaming(const Op& op, const Work& w) {
       const Tile tile(w, task - split * w.slabs, split);
       Partial part[Tile::kColumns] = {};
       op.reduce(tile, part);
-      combine_channels(tile, part, op.memory.work);
-      put(tile, part, scratch + split * w.C, false);
+      combine(tile, part, op.memory.work, op.memory.sums);
+      const Finishers row(tile);
+      if (row.lane() == 0) scratch[split * w.C + tile.first() + row.place()] = op.memory.sums[row.place()];
       __syncthreads();
     }
     if (w.apply) cooperative_groups::this_grid().sync();
@@ -83,12 +81,12 @@ __device__ __forceinline__ void run_streaming(const Op& op, const Work& w) {
   for (int64_t task = tasks - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
     const int64_t split = task / w.slabs;
     const Tile tile(w, task - split * w.slabs, split);
-    Partial part[Tile::kColumns] = {};
-    if (op.reduces()) {
-      gather(tile, part, w.splits, [&](int64_t from, int j) { return scratch[from * w.C + tile.channel(j)]; });
-      combine(tile, part, op.memory.work);
-    }
-    if (tile.lane() == 0) op.finish(tile, part, split == 0);
+    const Finishers row(tile);
+    Partial sum{};
+    if (op.reduces())
+      sum = gather<Tile>(row, w.splits, op.memory.work,
+                         [&](int from) { return scratch[from * w.C + tile.first() + row.place()]; });
+    if (row.lane() == 0) op.finish(tile.first() + row.place(), row.place(), sum, split == 0);
     __syncthreads();
     if (op.applies()) op.apply(tile);
     __syncthreads();

@@ -82,18 +82,39 @@ struct Forward {
     for (int c = 0; c < kColumns; ++c) part[c].count = count;
   }
 
-  __device__ __forceinline__ void finish(const Tile& tile, const Partial (&part)[kColumns], bool writes) const {
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) finish_channel(tile, part[j].moments, j, writes && tile.leads(j));
+  __device__ __forceinline__ void finish(int64_t c, int place, const Partial& sum, bool writes) const {
+    A mean, var;
+    if (p.training) {
+      const A count = static_cast<A>(p.count());
+      mean = sum.moments.mean();
+      var = math::biased_var(sum.moments.m2, count);
+      if (writes && p.running_mean) {
+        const int64_t batches = p.cumulative ? *p.num_batches_tracked : 0;  // otherwise block 0 may be writing it
+        const A factor = static_cast<A>(math::average_factor(p.cumulative, p.momentum, batches));
+        update_running(p, c, mean, math::unbiased_var(sum.moments.m2, count), factor);
+      }
+    } else {
+      mean = read<A>(p.running_mean, p.param_dtype, c);
+      var = read<A>(p.running_var, p.param_dtype, c);
+    }
+    const A invstd = math::invstd(var, static_cast<A>(p.eps));
+    if (writes) {
+      static_cast<A*>(p.mean)[c] = mean;
+      static_cast<A*>(p.invstd)[c] = invstd;
+    }
+    memory.factor(kMean, place) = mean;
+    memory.factor(kScale, place) = p.weight ? read<A>(p.weight, p.param_dtype, c) * invstd : invstd;
+    memory.factor(kBias, place) = p.bias ? read<A>(p.bias, p.param_dtype, c) : A(0);
   }
 
   __device__ __forceinline__ void apply(const Tile& tile) const {
     if (tile.size() == 0) return;
     A factor[3][kColumns];
 #pragma unroll
-    for (int f = 0; f < 3; ++f) {
+    for (int j = 0; j < kColumns; ++j) {
+      const int place = tile.place(j);
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) factor[f][j] = memory.factor(tile, f, j);
+      for (int f = 0; f < 3; ++f) factor[f][j] = memory.factor(f, place);
     }
     for_slots_backward<kUnroll>(tile, [&](const Slot(&slots)[kUnroll], int k) {
       Pack<T, kPack> x[kUnroll];
@@ -118,34 +139,6 @@ struct Forward {
         store<Tile>(w, static_cast<T*>(p.output), slots[u], narrow<T>(y));
       }
     });
-  }
-
- private:
-  __device__ __forceinline__ void finish_channel(const Tile& tile, const math::Moments<A>& m, int j,
-                                                 bool writes) const {
-    const int64_t c = tile.channel(j);
-    A mean, var;
-    if (p.training) {
-      const A count = static_cast<A>(p.count());
-      mean = m.mean();
-      var = math::biased_var(m.m2, count);
-      if (writes && p.running_mean) {
-        const int64_t batches = p.cumulative ? *p.num_batches_tracked : 0;  // otherwise block 0 may be writing it
-        const A factor = static_cast<A>(math::average_factor(p.cumulative, p.momentum, batches));
-        update_running(p, c, mean, math::unbiased_var(m.m2, count), factor);
-      }
-    } else {
-      mean = read<A>(p.running_mean, p.param_dtype, c);
-      var = read<A>(p.running_var, p.param_dtype, c);
-    }
-    const A invstd = math::invstd(var, static_cast<A>(p.eps));
-    if (writes) {
-      static_cast<A*>(p.mean)[c] = mean;
-      static_cast<A*>(p.invstd)[c] = invstd;
-    }
-    memory.factor(tile, kMean, j) = mean;
-    memory.factor(tile, kScale, j) = p.weight ? read<A>(p.weight, p.param_dtype, c) * invstd : invstd;
-    memory.factor(tile, kBias, j) = p.bias ? read<A>(p.bias, p.param_dtype, c) : A(0);
   }
 };
 

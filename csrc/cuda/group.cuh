@@ -6,33 +6,11 @@
 
 namespace bnext::cuda {
 
-// The sums of the tile's channels; by place in the slab, or by channel.
-template <class Tile, class P>
-__device__ __forceinline__ void put(const Tile& tile, const P (&part)[Tile::kColumns], P* to, bool by_place) {
-  if (tile.lane() != 0) return;
-#pragma unroll
-  for (int j = 0; j < Tile::kColumns; ++j)
-    if (tile.leads(j)) to[by_place ? tile.place(j) : tile.channel(j)] = part[j];
-}
-
-// Takes from(split, j), the sums of column j's channel, of all splits: some by each of the lanes, which combine() adds.
-template <class Tile, class P, class F>
-__device__ __forceinline__ void gather(const Tile& tile, P (&part)[Tile::kColumns], int splits, F from) {
-#pragma unroll
-  for (int j = 0; j < Tile::kColumns; ++j) part[j] = P{};
-  if (tile.lane() == tile.lanes()) return;
-  for (int split = tile.lane(); split < splits; split += tile.lanes()) {
-#pragma unroll
-    for (int j = 0; j < Tile::kColumns; ++j) part[j].add(from(split, j));
-  }
-}
-
 template <class P>
 class Group {
  public:
-  __device__ Group(const Work& w, P* shared)
+  explicit __device__ Group(const Work& w)
       : w_(w),
-        shared_(shared),
         index_(blockIdx.x / static_cast<unsigned>(w.splits)),
         rank_(blockIdx.x % static_cast<unsigned>(w.splits)) {
     if (meets_all() && rank_ == 0 && threadIdx.x == 0) *arrived() = 0;
@@ -46,22 +24,26 @@ class Group {
     return w_.strategy == Strategy::grid || w_.strategy == Strategy::retained;
   }
 
-  // This block's sums for those of all, in parts that combine() adds.
+  // Where the sums of this slab's channels are to go: what the last slab's were may still be read.
+  __device__ __forceinline__ P* place(P* sums) const {
+    return w_.strategy == Strategy::cluster ? sums + exchanges_ % 2 * w_.channels : sums;
+  }
+
+  // The sum of all blocks' of this thread's channel, at its lane 0.
   template <class Tile>
-  __device__ __forceinline__ void exchange(const Tile& tile, P (&part)[Tile::kColumns]) {
+  __device__ __forceinline__ P total(const Tile& tile, const Finishers& row, P* sums, P* memory) {
+    if (w_.splits == 1) return sums[row.place()];
+    P* const scratch = static_cast<P*>(w_.scratch) + tile.first() + row.place();
     if (meets_all()) {
-      P* const scratch = static_cast<P*>(w_.scratch);
-      put(tile, part, scratch + rank_ * w_.C, false);
+      if (row.lane() == 0) scratch[rank_ * w_.C] = sums[row.place()];
       wait();
-      gather(tile, part, w_.splits, [&](int split, int j) { return scratch[split * w_.C + tile.channel(j)]; });
     } else {
-      // Others may still read what this block gave for the slab before.
-      P* const own = shared_ + exchanges_ % 2 * w_.channels;
-      put(tile, part, own, true);
       gpu::cluster_sync();
-      gather(tile, part, w_.splits, [&](int split, int j) { return gpu::of_rank(own, split)[tile.place(j)]; });
     }
     ++exchanges_;
+    return gather<Tile>(row, w_.splits, memory, [&](int split) {
+      return meets_all() ? scratch[split * w_.C] : gpu::of_rank(sums, split)[row.place()];
+    });
   }
 
   // A block's shared memory is there until all others of the cluster have read it.
@@ -84,7 +66,6 @@ class Group {
   }
 
   const Work& w_;
-  P* const shared_;
   const unsigned index_, rank_;
   int exchanges_ = 0;
 };

@@ -172,16 +172,16 @@ struct View {
 
 // Bytes of shared memory that a block needs besides what it holds.
 struct Workspace {
-  std::int64_t work, factors, exchange;  // partial results being combined; what applying needs; partial results for
-                                         // the other blocks of a cluster, of this slab and of the next
+  std::int64_t work, sums, factors;  // partial results being combined; the channels' sums, in a cluster for this slab
+                                     // and for the next; what applying needs of each channel
 
   Workspace(const Request& r, const View& v, std::int64_t width, std::int64_t threads, bool cluster) {
     const std::int64_t real = r.dtype == DType::float64 ? 8 : 4, partial = partial_bytes(r);
     work = (v.planar ? threads / 32 : std::max(threads / 2, v.planes ? width : 0) * v.columns) * partial;
-    factors = width * v.columns * 4 * real;
-    exchange = cluster ? 2 * v.channels(width) * partial : 0;
+    sums = v.channels(width) * partial * (cluster ? 2 : 1);
+    factors = v.channels(width) * 4 * real;
   }
-  std::int64_t total() const { return work + factors + exchange; }
+  std::int64_t total() const { return work + sums + factors; }
   static std::int64_t partial_bytes(const Request& r) { return !r.backward && r.dtype == DType::float64 ? 32 : 16; }
 };
 

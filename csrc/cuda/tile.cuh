@@ -3,9 +3,8 @@
 //   size(), slot(k), cached(k)   this thread's slots, and where shared memory keeps them
 //   lane(), lanes()              which of the threads that share this thread's columns it is, and how many they are;
 //                                lane() == lanes() has none
-//   channel(j), place(j)         the channel of column j, [0, kColumns), of its packs; and where in the slab that is
-//   leads(j)                     whether no column before has the same channel
-//   column()                     where in the slab its columns begin
+//   place(j)                     where in the slab the channel of column j, [0, kColumns), of its packs is
+//   first(), channels()          the slab's first channel, and how many it has
 #pragma once
 
 #include "pack.cuh"
@@ -39,9 +38,9 @@ struct Work {
   int held;                     // slots that a thread keeps in shared memory
   Strategy strategy;
   bool packs, past_cache;
-  bool reduce, apply;                         // the phases of this launch
-  int cache_bytes, work_bytes, factor_bytes;  // of shared memory; exchange follows
-  void* scratch;                              // [splits, C] partial results, then a counter for each group of blocks
+  bool reduce, apply;                      // the phases of this launch
+  int cache_bytes, work_bytes, sum_bytes;  // of shared memory; factors follow
+  void* scratch;                           // [splits, C] partial results, then a counter for each group of blocks
 
   Work(const Request& r, const Plan& plan, void* scratch) : Work(r, View(r), plan, scratch) {}
 
@@ -68,7 +67,7 @@ struct Work {
     const Workspace space(r, v, plan.width, plan.threads, plan.cluster > 1);
     cache_bytes = static_cast<int>(plan.shared - space.total());
     work_bytes = static_cast<int>(space.work);
-    factor_bytes = static_cast<int>(space.factors);
+    sum_bytes = static_cast<int>(space.sums);
   }
 };
 
@@ -109,10 +108,9 @@ class Planar {
   __device__ __forceinline__ int cached(int k) const { return static_cast<int>(threadIdx.x + k * blockDim.x); }
   __device__ __forceinline__ int lane() const { return static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ int lanes() const { return static_cast<int>(blockDim.x); }
-  __device__ __forceinline__ int64_t channel(int) const { return channel_; }
   __device__ __forceinline__ int place(int) const { return 0; }
-  __device__ __forceinline__ bool leads(int) const { return true; }
-  __device__ __forceinline__ int column() const { return 0; }
+  __device__ __forceinline__ int64_t first() const { return channel_; }
+  __device__ __forceinline__ int channels() const { return 1; }
 
  private:
   const Work& w_;
@@ -149,14 +147,13 @@ class Rows {
   __device__ __forceinline__ int cached(int k) const { return (lane_ + k * lanes_) * w_.width + x_; }
   __device__ __forceinline__ int lane() const { return lane_; }
   __device__ __forceinline__ int lanes() const { return lanes_; }
-  __device__ __forceinline__ int64_t channel(int j) const { return first_ + place(j); }
   __device__ __forceinline__ int place(int j) const { return kPlanes ? (column() + j) / plane() : column() + j; }
-  __device__ __forceinline__ bool leads(int j) const { return !kPlanes || (column() + j) % plane() == 0; }
-  __device__ __forceinline__ int column() const { return x_ * kColumns; }
-  __device__ __forceinline__ int width() const { return w_.width; }
-  __device__ __forceinline__ int channels() const {  // of the slab
+  __device__ __forceinline__ int64_t first() const { return first_; }
+  __device__ __forceinline__ int channels() const {
     return static_cast<int>(min(static_cast<int64_t>(w_.channels), w_.C - first_));
   }
+  __device__ __forceinline__ int column() const { return x_ * kColumns; }  // the first of this thread, in the slab
+  __device__ __forceinline__ int width() const { return w_.width; }
   __device__ __forceinline__ int plane() const { return static_cast<int>(w_.S); }
 
  private:

@@ -6,6 +6,8 @@
 
 #include "tile.cuh"
 
+#include "planner.h"
+
 namespace bnext::cuda {
 namespace {
 
@@ -32,7 +34,7 @@ void expect(bool condition, const char* what, const Request& r, int64_t slab, in
 template <class Tile>
 void check(const Request& r, const Plan& plan) {
   const Work w(r, plan, nullptr);
-  const bool planar = r.layout == Layout::planar;
+  const View v(r);
   for (const int64_t slab : {int64_t{0}, plan.slabs - 1}) {
     int64_t slots = 0;
     for (const int64_t split : {int64_t{0}, plan.splits / 2, plan.splits - 1}) {
@@ -51,7 +53,7 @@ void check(const Request& r, const Plan& plan) {
       }
       slots += count;
       const int64_t begin = split * w.chunk, end = std::min(begin + w.chunk, w.chunks_end);
-      if (planar) {
+      if (v.planar) {
         const int64_t per_row = w.row_slots.divisor, from = begin / per_row, to = (end - 1) / per_row;
         const int64_t from_plane = (from * r.C + slab) * r.S, to_plane = (to * r.C + slab) * r.S;
         expect(count == end - begin, "slots", r, slab, split);
@@ -60,10 +62,11 @@ void check(const Request& r, const Plan& plan) {
         if (split == 0) expect(first == slab * r.S, "start of the slab", r, slab, split);
         if (split == plan.splits - 1) expect(last == ((r.N - 1) * r.C + slab + 1) * r.S, "end", r, slab, split);
       } else {
-        const int64_t width = std::min(plan.width * Tile::kPack, r.C - slab * plan.width * Tile::kPack);
+        const int64_t from = slab * plan.width * Tile::kPack;
+        const int64_t width = std::min(plan.width * Tile::kPack, v.row - from);
         expect(count == (end - begin) * (width / Tile::kPack), "slots", r, slab, split);
-        expect(first == begin * r.C + slab * plan.width * Tile::kPack, "first", r, slab, split);
-        expect(last == (end - 1) * r.C + slab * plan.width * Tile::kPack + width, "last", r, slab, split);
+        expect(first == begin * v.row + from, "first", r, slab, split);
+        expect(last == (end - 1) * v.row + from + width, "last", r, slab, split);
       }
     }
     expect(slots > 0, "nothing", r, slab, 0);
@@ -84,7 +87,7 @@ void check_divisor() {
 }
 
 void check_all() {
-  const Device device{132, 227 * 1024, 228 * 1024, 2048, 60 << 20, true};
+  const Device device{132, 227 * 1024, 228 * 1024, 2048, 60 << 20, 4800000000000, {132, 132, 128, 128}, true};
   struct {
     int64_t N, C, S;
   } const problems[] = {
@@ -106,11 +109,16 @@ void check_all() {
       for (const bool aligned : {false, true}) {
         const Layout layout = channels_last ? Layout::channels_last : Layout::planar;
         const Request r{{N, C, S, layout, DType::bfloat16, DType::float32}, false, true, true, true, false, aligned};
-        const Plan plan = Planner(r, device).streaming();
-        if (channels_last) {
-          plan.whole ? check<ChannelsLast<BFloat16, true>>(r, plan) : check<ChannelsLast<BFloat16, false>>(r, plan);
-        } else {
-          plan.whole ? check<Planar<BFloat16, true>>(r, plan) : check<Planar<BFloat16, false>>(r, plan);
+        for (const Strategy strategy : kStrategies) {
+          const std::optional<Plan> plan = Planner(r, device).plan(strategy);
+          if (!plan) continue;
+          if (plan->planes) {
+            check<Rows<BFloat16, true, true>>(r, *plan);
+          } else if (channels_last) {
+            plan->whole ? check<Rows<BFloat16, true, false>>(r, *plan) : check<Rows<BFloat16, false, false>>(r, *plan);
+          } else {
+            plan->whole ? check<Planar<BFloat16, true>>(r, *plan) : check<Planar<BFloat16, false>>(r, *plan);
+          }
         }
       }
     }

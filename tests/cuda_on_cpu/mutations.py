@@ -23,9 +23,9 @@ csrc/cuda/reduce.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_
 
 barrier-before-apply: a block applies factors that its leader has not written yet
 csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
--     if (tile.lane() == 0) op.finish(tile, part, true);
+-     if (tile.lane() == 0) op.finish(tile, part, group.rank() == 0);
 -     __syncthreads();
-+     if (tile.lane() == 0) op.finish(tile, part, true);
++     if (tile.lane() == 0) op.finish(tile, part, group.rank() == 0);
 
 barrier-between-tasks: the next task's factors overwrite those still in use
 csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
@@ -44,14 +44,14 @@ csrc/cuda/forward.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same
 
 counter-not-waited-for: a cumulative average reads the counter before it is incremented
 csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
--   if (op.waits()) cooperative_groups::this_grid().sync();
+-   if (op.waits() && !group.meets_all()) cooperative_groups::this_grid().sync();
 
 counter-by-every-block: every block increments the counter
 csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
 -   if (blockIdx.x == 0 && threadIdx.x == 0) op.begin();
--   if (op.waits())
+-   if (op.waits() &&
 +   if (threadIdx.x == 0) op.begin();
-+   if (op.waits())
++   if (op.waits() &&
 
 written-by-every-split: each split updates the running statistics
 csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
@@ -70,11 +70,11 @@ csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_
 
 tail-missing: what is left of a plane after its whole packs is not written
 csrc/cuda/tile.cuh cuda_on_cpu/kernel_checks::test_results
--     if (w.packs && slot.size() == kPack) return store<kPack>(tensor + slot.at, pack);
+-     if (w.packs && slot.size() == kPack) return store<kPack>(tensor + slot.at, pack, w.past_cache);
 - #pragma unroll
 -     for (int j = 0; j < kPack; ++j)
 -       if (holds<Tile>(slot, j)) tensor[slot.at + j] = pack.element[j];
-+     if (w.packs && slot.size() == kPack) return store<kPack>(tensor + slot.at, pack);
++     if (w.packs && slot.size() == kPack) return store<kPack>(tensor + slot.at, pack, w.past_cache);
 
 tail-beyond-the-tensor: the last pack is read whole
 csrc/cuda/tile.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
@@ -103,13 +103,83 @@ csrc/math.h cuda_on_cpu/kernel_checks::test_large_means
 
 resident-reads-again: a resident slab is read from global memory again
 csrc/cuda/forward.cuh cuda_on_cpu/kernel_checks::test_traffic
--         if constexpr (kResident) {
-+         if constexpr (false) {
+-         if (!kResident || k >= w.held) {
++         if (true) {
 
 kept-apart: the place of x in shared memory runs into that of dy
 csrc/cuda/backward.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
 - w.cache_bytes / static_cast<int>(2 * sizeof(Pack<T, kPack>));
 + w.cache_bytes / static_cast<int>(4 * sizeof(Pack<T, kPack>));
+
+written-by-every-block: each block of a group updates the running statistics
+csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
+- op.finish(tile, part, group.rank() == 0);
++ op.finish(tile, part, true);
+
+cluster-not-waited-for: a block reads what the others of its cluster have not written yet
+csrc/cuda/group.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
+-       gpu::cluster_sync();
+-       gather(
++       gather(
+
+cluster-exchange-in-one-place: what the others still read is overwritten for the next slab
+csrc/cuda/group.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
+- shared_ + exchanges_ % 2 * w_.channels;
++ shared_;
+
+cluster-left-early: a block is gone while others read its shared memory
+csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
+-   group.end();
+
+group-not-waited-for: a block reads what the others of its group have not written yet
+csrc/cuda/group.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
+-       wait();
+
+group-counted-short: the last block of a group is not waited for
+csrc/cuda/group.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
+- static_cast<unsigned>(exchanges_ * w_.splits)
++ static_cast<unsigned>(exchanges_ * w_.splits - 1)
+
+groups-counter-of-nothing: the counter that a group meets at has no value at first
+csrc/cuda/group.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
+-     if (meets_all() && rank_ == 0 && threadIdx.x == 0) *arrived() = 0;
+
+group-without-fence: what a block wrote may come after it was counted
+csrc/cuda/gpu.h cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
+-   __threadfence();
+-   atomicAdd(arrived, 1u);
++   atomicAdd(arrived, 1u);
+
+group-reads-early: what others wrote may be read before they were counted
+csrc/cuda/gpu.h cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
+-   while (atomicAdd(arrived, 0u) < all) __nanosleep(20);
+-   __threadfence();
++   while (atomicAdd(arrived, 0u) < all) __nanosleep(20);
+
+planes-written-by-every-column: each column of a channel updates its running statistics
+csrc/cuda/forward.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
+- writes && tile.leads(j)
++ writes
+
+planes-combined-in-pieces: a channel's sum overwrites a column that its warp has yet to read
+csrc/cuda/reduce.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
+-     __syncwarp();
+-     if (lane == 0) *own = sum;
++     if (lane == 0) *own = sum;
+
+planes-not-combined: a channel's statistics are those of its columns' first
+csrc/cuda/reduce.cuh cuda_on_cpu/kernel_checks::test_results
+-   if constexpr (Tile::kPlanes) combine_columns(tile, part, memory);
+
+kept-beyond-its-room: a thread keeps what it has no room for
+csrc/cuda/forward.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
+- const bool keeps = kResident && k < w.held;
++ const bool keeps = kResident;
+
+kept-in-part-read-whole: what is kept is read again as well
+csrc/cuda/forward.cuh cuda_on_cpu/kernel_checks::test_traffic_of_what_is_kept_in_part
+-         if (!kResident || k >= w.held) {
++         if (!kResident || w.strategy == Strategy::retained) {
 """
 
 MUTATIONS = [parse(block) for block in _TABLE.strip().split("\n\n")]

@@ -12,8 +12,8 @@ csrc/cuda/reduce.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_
 barrier-in-rows: rows combine what the others have not written yet
 csrc/cuda/reduce.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
 -     __syncthreads();
--     if (tile.lane() < left - half) {
-+     if (tile.lane() < left - half) {
+-     if (row.lane() < left - half) {
++     if (row.lane() < left - half) {
 
 barrier-after-rows: the next round overwrites what is still being read
 csrc/cuda/reduce.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
@@ -23,9 +23,9 @@ csrc/cuda/reduce.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_
 
 barrier-before-apply: a block applies factors that its leader has not written yet
 csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
--     if (tile.lane() == 0) op.finish(tile, part, group.rank() == 0);
+-     if (row.lane() == 0) op.finish(tile.first() + row.place(), row.place(), sum, group.rank() == 0);
 -     __syncthreads();
-+     if (tile.lane() == 0) op.finish(tile, part, group.rank() == 0);
++     if (row.lane() == 0) op.finish(tile.first() + row.place(), row.place(), sum, group.rank() == 0);
 
 barrier-between-tasks: the next task's factors overwrite those still in use
 csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
@@ -55,8 +55,8 @@ csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_
 
 written-by-every-split: each split updates the running statistics
 csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
-- op.finish(tile, part, split == 0);
-+ op.finish(tile, part, true);
+- row.place(), sum, split == 0);
++ row.place(), sum, true);
 
 one-slot-too-many: a thread takes a row beyond its share
 csrc/cuda/tile.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
@@ -113,19 +113,21 @@ csrc/cuda/backward.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_sam
 
 written-by-every-block: each block of a group updates the running statistics
 csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
-- op.finish(tile, part, group.rank() == 0);
-+ op.finish(tile, part, true);
+- row.place(), sum, group.rank() == 0);
++ row.place(), sum, true);
 
 cluster-not-waited-for: a block reads what the others of its cluster have not written yet
 csrc/cuda/group.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
 -       gpu::cluster_sync();
--       gather(
-+       gather(
+-     }
+-     ++exchanges_;
++     }
++     ++exchanges_;
 
 cluster-exchange-in-one-place: what the others still read is overwritten for the next slab
 csrc/cuda/group.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
-- shared_ + exchanges_ % 2 * w_.channels;
-+ shared_;
+- sums + exchanges_ % 2 * w_.channels : sums;
++ sums : sums;
 
 cluster-left-early: a block is gone while others read its shared memory
 csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
@@ -134,6 +136,8 @@ csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_
 group-not-waited-for: a block reads what the others of its group have not written yet
 csrc/cuda/group.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
 -       wait();
+-     } else {
++     } else {
 
 group-counted-short: the last block of a group is not waited for
 csrc/cuda/group.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
@@ -156,20 +160,31 @@ csrc/cuda/gpu.h cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_
 -   __threadfence();
 +   while (atomicAdd(arrived, 0u) < all) __nanosleep(20);
 
-planes-written-by-every-column: each column of a channel updates its running statistics
-csrc/cuda/forward.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
-- writes && tile.leads(j)
-+ writes
-
-planes-combined-in-pieces: a channel's sum overwrites a column that its warp has yet to read
+planes-not-waited-for: warps sum columns that other threads have not written yet
 csrc/cuda/reduce.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
--     __syncwarp();
--     if (lane == 0) *own = sum;
-+     if (lane == 0) *own = sum;
+-   __syncthreads();
+-   const int lane = static_cast<int>(threadIdx.x) % 32, warps
++   const int lane = static_cast<int>(threadIdx.x) % 32, warps
 
-planes-not-combined: a channel's statistics are those of its columns' first
+planes-summed-short: the last columns of a channel are left out
 csrc/cuda/reduce.cuh cuda_on_cpu/kernel_checks::test_results
--   if constexpr (Tile::kPlanes) combine_columns(tile, part, memory);
+- i < tile.plane(); i += 32
++ i < tile.plane() / 32 * 32; i += 32
+
+planes-mistaken: a column is normalised as the channel before it
+csrc/cuda/tile.cuh cuda_on_cpu/kernel_checks::test_results
+- kPlanes ? (column() + j) / plane()
++ kPlanes ? column() / plane()
+
+sums-not-waited-for: a channel is finished before its sums are there
+csrc/cuda/reduce.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
+-       for (int j = 0; j < Tile::kColumns; ++j) sums[tile.place(j)] = part[j];
+-     }
+-   }
+-   __syncthreads();
++       for (int j = 0; j < Tile::kColumns; ++j) sums[tile.place(j)] = part[j];
++     }
++   }
 
 kept-beyond-its-room: a thread keeps what it has no room for
 csrc/cuda/forward.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs

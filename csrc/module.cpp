@@ -30,9 +30,10 @@ py::object plan(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_la
   const bnext::Layout layout = channels_last && C > 1 ? bnext::Layout::channels_last : bnext::Layout::planar;
   const bnext::cuda::Request request{
       {N, C, S, layout, type, type}, backward, training, reduces, applies, cumulative, aligned};
-  const auto forced = bnext::cuda::strategy_named(strategy);
-  const bnext::cuda::Planner planner(request, bnext::cuda::device_of(gpu));
-  const auto p = forced ? planner.plan(*forced) : planner.plan();
+  const bnext::cuda::Device device = bnext::cuda::device_of(gpu);
+  const bnext::cuda::Planner planner(request, device);
+  const auto named = bnext::cuda::strategy_named(strategy);
+  const auto p = named ? planner.plan(*named) : bnext::cuda::make_plan(request, device, bnext::cuda::forced_strategy());
   if (!p) return py::none();
   py::dict result = bnext::cuda::as_dict(*p);
   result["microseconds"] = planner.microseconds(*p);
@@ -72,10 +73,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "gpu", [] { return bnext::cuda::as_dict(bnext::cuda::current_device()); },
       "The properties of torch's current CUDA device that plan takes; NotImplementedError without CUDA kernels.");
-  m.def(
-      "plan", &plan, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"), arg("backward"),
-      arg("training"), arg("reduces"), arg("applies"), arg("cumulative"), arg("aligned"), arg("gpu"),
-      arg("strategy") = "",
-      "What csrc/cuda/planner.h chooses for a problem [N, C, S] on a GPU with these properties, as a dict; of one "
-      "strategy, if that is named: None where it is not possible. microseconds: what the choice goes by, an estimate.");
+  m.def("plan", &plan, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"), arg("backward"),
+        arg("training"), arg("reduces"), arg("applies"), arg("cumulative"), arg("aligned"), arg("gpu"),
+        arg("strategy") = "",
+        "What csrc/cuda/planner.h chooses for a problem [N, C, S] on a GPU with these properties, as a dict; with "
+        "BNEXT_CUDA_STRATEGY set, that strategy wherever it is possible. strategy: of this one, or None where it is "
+        "not. microseconds: what the choice goes by, an estimate.");
 }

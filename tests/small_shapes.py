@@ -13,8 +13,9 @@ from helpers import DTYPES, LAYOUTS, SMALL, channel_arguments, values
 
 import bnext
 
-# Beside SMALL: rows that are no multiple of a vector, several blocks to a channel, many channels, a single one.
-LARGER = [(3, 2, 50, 41), (2, 33, 28, 27), (9, 130, 7, 7), (700, 65), (2, 1025, 3), (1, 1, 300, 301)]
+# Beside SMALL: rows that are no multiple of a vector, several blocks to a channel, many channels, small planes that are
+# whole vectors together, a single channel.
+LARGER = [(3, 2, 50, 41), (2, 33, 28, 27), (9, 130, 7, 7), (40, 16, 7, 7), (700, 65), (2, 1025, 3), (1, 1, 300, 301)]
 
 
 def everything(device: str) -> int:

@@ -39,10 +39,10 @@ struct Backward {
   __device__ __forceinline__ bool waits() const { return false; }
   __device__ __forceinline__ bool reduces() const { return p.reduces(); }
   // In evaluation reduce() writes grad_input, if there is anything to reduce.
-  __device__ __forceinline__ bool applies() const { return p.grad_input && (p.training || !p.reduces()); }
+  __device__ __forceinline__ bool applies() const { return p.grad_input && (training() || !p.reduces()); }
 
   __device__ __forceinline__ void reduce(const Tile& tile, Partial (&part)[kColumns]) const {
-    const bool writes = p.grad_input && !p.training;
+    const bool writes = p.grad_input && !training();
     A mean[kColumns], scale[kColumns];
     if (tile.size() > 0) {
 #pragma unroll
@@ -100,20 +100,32 @@ struct Backward {
 #pragma unroll
       for (int f = 0; f < 4; ++f) factor[f][j] = memory.factor(f, place);
     }
-    for_slots_backward<kUnroll>(tile, [&](const Slot(&slots)[kUnroll], int k) {
+    const int kept = kResident ? min(w.held, tile.size()) : 0;
+    apply<false>(tile, factor, kept, tile.size());
+    if constexpr (kResident) apply<true>(tile, factor, 0, kept);
+  }
+
+ private:
+  // Slabs are kept in training only, when there is something to read again.
+  __device__ __forceinline__ bool training() const { return kResident || p.training; }
+
+  // Slots [begin, end), which are all kept, or none.
+  template <bool kKept>
+  __device__ __forceinline__ void apply(const Tile& tile, const A (&factor)[4][kColumns], int begin, int end) const {
+    for_slots_backward<kUnroll>(tile, begin, end, [&](const Slot(&slots)[kUnroll], int k) {
       Pack<T, kPack> dy[kUnroll], x[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if (!kResident || k >= w.held) {
+        if constexpr (kKept) {
+          if (slots[u].size()) fetch(tile, k + u, dy[u], x[u]);
+        } else {
           dy[u] = load<Tile>(w, static_cast<const T*>(p.grad_output), slots[u]);
-          if (kResident || p.training) x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
-        } else if (slots[u].size()) {
-          fetch(tile, k + u, dy[u], x[u]);
+          if (training()) x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
         }
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if (!p.training) {
+        if (!training()) {
           write_eval(slots[u], dy[u], factor[kScale]);
           continue;
         }
@@ -129,7 +141,6 @@ struct Backward {
     });
   }
 
- private:
   // The cache has all of dy, then all of x.
   __device__ __forceinline__ int kept_x(const Tile& tile, int k) const {
     return tile.cached(k) + w.cache_bytes / static_cast<int>(2 * sizeof(Pack<T, kPack>));

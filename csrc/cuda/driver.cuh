@@ -102,8 +102,8 @@ __device__ __forceinline__ void run(const Op& op, const Work& w) {
   }
 }
 
-// f(slots, k) for this thread's slots, `unroll` at a time: slots[u] is slot k + u, or empty; in order, or the last ones
-// first.
+// f(slots, k) for this thread's slots, `unroll` at a time: slots[u] is slot k + u, or empty. In order; or for those
+// from `begin` on, the last ones first.
 template <int unroll, class Tile, class F>
 __device__ __forceinline__ void with_slots(const Tile& tile, int k, F f) {
   Slot slots[unroll];
@@ -116,8 +116,9 @@ __device__ __forceinline__ void for_slots(const Tile& tile, F f) {
   for (int k = 0; k < tile.size(); k += unroll) with_slots<unroll>(tile, k, f);
 }
 template <int unroll, class Tile, class F>
-__device__ __forceinline__ void for_slots_backward(const Tile& tile, F f) {
-  for (int k = (tile.size() - 1) / unroll * unroll; k >= 0; k -= unroll) with_slots<unroll>(tile, k, f);
+__device__ __forceinline__ void for_slots_backward(const Tile& tile, int begin, int end, F f) {
+  for (int k = begin + (end - begin + unroll - 1) / unroll * unroll - unroll; k >= begin; k -= unroll)
+    with_slots<unroll>(tile, k, f);
 }
 
 }  // namespace bnext::cuda

@@ -84,7 +84,7 @@ struct Forward {
 
   __device__ __forceinline__ void finish(int64_t c, int place, const Partial& sum, bool writes) const {
     A mean, var;
-    if (p.training) {
+    if (kResident || p.training) {  // slabs are kept in training only
       const A count = static_cast<A>(p.count());
       mean = sum.moments.mean();
       var = math::biased_var(sum.moments.m2, count);
@@ -116,14 +116,23 @@ struct Forward {
 #pragma unroll
       for (int f = 0; f < 3; ++f) factor[f][j] = memory.factor(f, place);
     }
-    for_slots_backward<kUnroll>(tile, [&](const Slot(&slots)[kUnroll], int k) {
+    const int kept = kResident ? min(w.held, tile.size()) : 0;
+    apply<false>(tile, factor, kept, tile.size());
+    if constexpr (kResident) apply<true>(tile, factor, 0, kept);
+  }
+
+ private:
+  // Slots [begin, end), which are all kept, or none.
+  template <bool kKept>
+  __device__ __forceinline__ void apply(const Tile& tile, const A (&factor)[3][kColumns], int begin, int end) const {
+    for_slots_backward<kUnroll>(tile, begin, end, [&](const Slot(&slots)[kUnroll], int k) {
       Pack<T, kPack> x[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if (!kResident || k >= w.held) {
+        if constexpr (kKept) {
+          if (slots[u].size()) x[u] = memory.cache[tile.cached(k + u)];
+        } else {
           x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
-        } else if (slots[u].size()) {
-          x[u] = memory.cache[tile.cached(k + u)];
         }
       }
 #pragma unroll

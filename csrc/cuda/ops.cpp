@@ -5,7 +5,6 @@
 #include <torch/library.h>
 
 #include <array>
-#include <cstdlib>
 #include <mutex>
 
 #include "../host.h"
@@ -41,13 +40,8 @@ struct Runtime {
     return known[index];
   }
 
-  // BNEXT_CUDA_STRATEGY names the strategy to take wherever it is possible.
   static Plan plan(const Request& request, const Device& device) {
-    static const std::optional<Strategy> forced = [] {
-      const char* const name = std::getenv("BNEXT_CUDA_STRATEGY");
-      return strategy_named(name ? name : "");
-    }();
-    return make_plan(request, device, forced);
+    return make_plan(request, device, forced_strategy());
   }
 
   template <class Params>

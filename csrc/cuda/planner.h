@@ -2,6 +2,7 @@
 // without one.
 #pragma once
 
+#include <cstdlib>
 #include <optional>
 
 #include "plan.h"
@@ -202,6 +203,15 @@ class Planner {
   const Device d;
   const View v;
 };
+
+// What BNEXT_CUDA_STRATEGY says when it is first asked. Throws std::invalid_argument for a name that is none.
+inline std::optional<Strategy> forced_strategy() {
+  static const std::optional<Strategy> forced = [] {
+    const char* const name = std::getenv("BNEXT_CUDA_STRATEGY");
+    return strategy_named(name ? name : "");
+  }();
+  return forced;
+}
 
 // forced: the strategy to take wherever it is possible.
 inline Plan make_plan(const Request& request, const Device& device, std::optional<Strategy> forced) {

@@ -36,6 +36,8 @@ _BATCH = 256
 _DTYPES = ("bfloat16", "float16", "float32")
 _MODES = ("fwd", "bwd", "eval")
 _BACKENDS = "bnext,torch,torch-native"
+_STRATEGIES = ("streaming", "block", "cluster", "grid", "retained")  # of the CUDA kernels, forced one after the other
+_WATCHED = (("racecheck", "cluster"), ("racecheck", "grid"))  # that the planner does not choose for small shapes
 _COMPILED = ("64,112,112", "256,56,56", "512,28,28", "2048,7,7")  # torch.compile takes seconds for each case
 _CASE_SECONDS = "0.25"
 
@@ -49,6 +51,18 @@ class Step:
     seconds: float
     detail: str = ""
     failed_tests: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Run:
+    """One of the benchmark's."""
+
+    name: str
+    dtype: str
+    options: list[str]
+    shapes: int
+    modes: Sequence[str]
+    strategy: str = ""
 
 
 def execute(
@@ -97,23 +111,31 @@ def build(logs: Path) -> Step:
     return Step("build", _verdict(code), seconds, f"TORCH_CUDA_ARCH_LIST={major}.{minor}; logs/build.log")
 
 
-def pytest_file(file: Path, device: str, logs: Path, deadline: float) -> tuple[dict[str, int], list[str]]:
+def _forced(strategy: str) -> dict[str, str]:
+    """The environment in which bnext takes a strategy wherever it can; "": the planner's choice."""
+    return {"BNEXT_CUDA_STRATEGY": strategy} if strategy else {}
+
+
+def pytest_file(
+    file: Path, device: str, logs: Path, deadline: float, strategy: str = ""
+) -> tuple[dict[str, int], list[str]]:
     """pytest on one file: counts of passed, failed and skipped tests, and the ids of those that failed.
 
     In a process of its own: an illegal access to GPU memory ends all that a process can do there.
     """
-    results = logs / f"{file.stem}.xml"
+    name = f"{file.stem}-{strategy}" if strategy else file.stem
+    results = logs / f"{name}.xml"
     results.unlink(missing_ok=True)
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={results}"]
     command = [sys.executable, "-m", "pytest", *options, file, "--device", device]
-    code, _ = execute(command, logs / f"{file.stem}.log", deadline - time.monotonic())
+    code, _ = execute(command, logs / f"{name}.log", deadline - time.monotonic(), _forced(strategy))
     if code is None or not results.exists():
         why = "timed out" if code is None else f"exit code {code}"
-        return {"passed": 0, "failed": 1, "skipped": 0}, [f"{file.name}: {why}, see logs/{file.stem}.log"]
+        return {"passed": 0, "failed": 1, "skipped": 0}, [f"{file.name}: {why}, see logs/{name}.log"]
     counts, failed = {"passed": 0, "failed": 0, "skipped": 0}, []
     if code not in (0, 1, 5):  # all passed, some failed, none collected
         counts["failed"] += 1
-        failed.append(f"{file.name}: exit code {code}, see logs/{file.stem}.log")
+        failed.append(f"{file.name}: exit code {code}, see logs/{name}.log")
     for case in ElementTree.parse(results).iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
             counts["failed"] += 1
@@ -123,19 +145,22 @@ def pytest_file(file: Path, device: str, logs: Path, deadline: float) -> tuple[d
     return counts, failed
 
 
-def pytest_step(name: str, files: Sequence[Path], logs: Path, pool: ThreadPoolExecutor, deadline: float) -> Step:
+def pytest_step(
+    name: str, files: Sequence[Path], logs: Path, pool: ThreadPoolExecutor, deadline: float, strategy: str = ""
+) -> Step:
     """pytest on these files, side by side."""
     start = time.monotonic()
-    outcomes = list(pool.map(lambda file: pytest_file(file, "cuda", logs, deadline), files))
+    outcomes = list(pool.map(lambda file: pytest_file(file, "cuda", logs, deadline, strategy), files))
     counts = {kind: sum(counted[kind] for counted, _ in outcomes) for kind in ("passed", "failed", "skipped")}
     failed = [test for _, tests in outcomes for test in tests]
     detail = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     return Step(name, "failed" if failed else "passed", time.monotonic() - start, detail, failed)
 
 
-def sanitizer_step(tool: str, logs: Path, deadline: float) -> Step:
+def sanitizer_step(tool: str, logs: Path, deadline: float, strategy: str = "") -> Step:
     """One tool of compute-sanitizer on tests/small_shapes.py."""
-    name = f"compute-sanitizer {tool}"
+    log = f"{tool}-{strategy}" if strategy else tool
+    name = f"compute-sanitizer {tool}" + (f", {strategy}" if strategy else "")
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
     if program is None:
@@ -145,9 +170,9 @@ def sanitizer_step(tool: str, logs: Path, deadline: float) -> Step:
         options += ["--report-api-errors", "no"]
     command = [program, *options, sys.executable, "tests/small_shapes.py", "cuda"]
     # Without torch's cache each tensor is an allocation of its own, and an overrun cannot land in another one.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    code, seconds = execute(command, logs / f"{tool}.log", deadline - time.monotonic(), environment)
-    return Step(name, _verdict(code), seconds, f"exit code {code}; logs/{tool}.log")
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} | _forced(strategy)
+    code, seconds = execute(command, logs / f"{log}.log", deadline - time.monotonic(), environment)
+    return Step(name, _verdict(code), seconds, f"exit code {code}; logs/{log}.log")
 
 
 def checks(logs: Path) -> list[Step]:
@@ -155,36 +180,56 @@ def checks(logs: Path) -> list[Step]:
     deadline = time.monotonic() + _CHECK_SECONDS
     own = ROOT / "tests" / "test_gpu.py"
     suite = [file for file in sorted((ROOT / "tests").glob("test_*.py")) if file != own]
+    results = [ROOT / "tests" / f"test_{name}.py" for name in ("forward", "backward", "running_stats", "guarded")]
     workers = max(1, min(8, (os.cpu_count() or 1) // 2))
-    with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(len(_SANITIZERS) + 2) as steps:
+    with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(32) as steps:
         found = [
             steps.submit(pytest_step, "graphs, streams, the same bits again", [own], logs, pool, deadline),
             steps.submit(pytest_step, "the suite on CUDA", suite, logs, pool, deadline),
             *(steps.submit(sanitizer_step, tool, logs, deadline) for tool in _SANITIZERS),
+            *(
+                steps.submit(pytest_step, f"results, {name}", [own, *results], logs, pool, deadline, name)
+                for name in _STRATEGIES
+            ),
+            *(steps.submit(sanitizer_step, tool, logs, deadline, name) for tool, name in _WATCHED),
         ]
         return [step.result() for step in found]
 
 
 def measurements(logs: Path, deadline: float) -> tuple[list[Step], list[dict[str, Any]]]:
-    """The benchmark's runs, which share the time that is left, and their rows, without the single timings."""
-    resnet50 = ["--suite", "resnet50", "--batch", str(_BATCH), "--backend", _BACKENDS]
-    runs = [(f"bench {dtype}", dtype, resnet50, len(SUITES["resnet50"].layers)) for dtype in _DTYPES]
+    """The benchmark's runs, which share the time that is left, and their rows, without the single timings.
+
+    Rows of a forced strategy have its name as "strategy".
+    """
+    layers, best = len(SUITES["resnet50"].layers), _DTYPES[0]
+    resnet50 = ["--suite", "resnet50", "--batch", str(_BATCH)]
     compiled = [word for shape in _COMPILED for word in ("--shape", f"{_BATCH},{shape}")]
-    compiled += ["--backend", f"{_BACKENDS},compile"]
-    runs.append((f"bench {_DTYPES[0]} with torch.compile", _DTYPES[0], compiled, len(_COMPILED)))
+    runs = [
+        *(_Run(f"bench {t}", t, [*resnet50, "--backend", _BACKENDS], layers, _MODES) for t in _DTYPES),
+        _Run(
+            f"bench {best} with torch.compile", best, [*compiled, "--backend", f"{_BACKENDS},compile"],
+            len(_COMPILED), _MODES,
+        ),
+        *(
+            _Run(f"bench {best}, {name}", best, [*resnet50, "--backend", OURS], layers, _MODES[:2], name)
+            for name in _STRATEGIES
+        ),
+    ]  # fmt: skip
     steps, rows = [], []
-    for i, (name, dtype, options, shapes) in enumerate(runs):
+    for i, run in enumerate(runs):
         file = logs / f"bench-{i}.json"
         file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "bench", "--device", "cuda", "--dtype", dtype, "--mode", ",".join(_MODES)]
-        command += ["--min-time", _CASE_SECONDS, "--timeout", _CASE_SECONDS, "--json", str(file), *options]
+        command = [sys.executable, "-m", "bench", "--device", "cuda", "--dtype", run.dtype]
+        command += ["--mode", ",".join(run.modes), "--min-time", _CASE_SECONDS, "--timeout", _CASE_SECONDS]
+        command += ["--json", str(file), *run.options]
         budget = (deadline - time.monotonic()) / (len(runs) - i)
-        code, seconds = execute(command, logs / f"bench-{i}.log", budget)
+        code, seconds = execute(command, logs / f"bench-{i}.log", budget, _forced(run.strategy))
         found = json.loads(file.read_text())["rows"] if file.exists() else []
-        rows += [{key: value for key, value in row.items() if key != "samples"} for row in found]
+        tag = {"strategy": run.strategy} if run.strategy else {}
+        rows += [{key: value for key, value in row.items() if key != "samples"} | tag for row in found]
         measured = sum(row["backend"] == OURS and row["status"] == OK for row in found)
-        detail = f"{measured} of {shapes * len(LAYOUTS) * len(_MODES)} cases measured; logs/bench-{i}.log"
-        steps.append(Step(name, _verdict(code), seconds, detail))
+        detail = f"{measured} of {run.shapes * len(LAYOUTS) * len(run.modes)} cases measured; logs/bench-{i}.log"
+        steps.append(Step(run.name, _verdict(code), seconds, detail))
     return steps, rows
 
 

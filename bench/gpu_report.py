@@ -19,7 +19,9 @@ _UNITS = {"memory": (2**30, "GiB"), "l2_cache": (2**20, "MiB")}
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole page."""
-    facts, steps, rows = report["environment"], report["steps"], report["rows"]
+    facts, steps = report["environment"], report["steps"]
+    rows = [row for row in report["rows"] if "strategy" not in row]
+    forced = [row for row in report["rows"] if "strategy" in row]
     cases = _cases(rows)
     compiled = {_key(row) for row in rows if row["backend"] == _COMPILE}
     parts = [
@@ -52,7 +54,36 @@ def markdown(report: dict[str, Any]) -> str:
         "it compiles for seconds in each case.",
     ]
     parts += _tables([case for key, case in cases.items() if key in compiled], (*_TORCHS, _COMPILE))
+    if forced:
+        parts += [
+            "## Strategies",
+            "Microseconds of each strategy, where it is possible; the planner's choice and, of that, the microseconds "
+            "that the floor takes over its own. Figures of different runs.",
+            *_strategies(forced, cases),
+        ]
     return "\n\n".join(parts) + "\n"
+
+
+def _strategies(rows: Sequence[_Row], cases: dict[tuple[Any, ...], _Case]) -> list[str]:
+    """A heading and a table for each dtype, layout and mode."""
+    names = list(dict.fromkeys(row["strategy"] for row in rows))
+    groups: dict[tuple[str, ...], dict[tuple[Any, ...], dict[str, float]]] = {}
+    for row in rows:
+        # Where a strategy is not possible, the planner's choice has run.
+        if row["status"] == OK and row["backend"] == OURS and row["plan"].startswith(row["strategy"]):
+            group = groups.setdefault((row["dtype"], row["layout"], row["mode"]), {})
+            group.setdefault(_key(row), {})[row["strategy"]] = 1e6 * row["seconds"]["median"]
+    parts = []
+    for group, found in groups.items():
+        lines = []
+        for key, microseconds in found.items():
+            case = cases.get(key, {})
+            chosen = case[OURS]["plan"].split()[0] if OURS in case else ""
+            share = f"{_ratio(case, FLOOR, OURS):.2f}" if {OURS, FLOOR} <= case.keys() else ""
+            each = [f"{microseconds[name]:.1f}" if name in microseconds else "" for name in names]
+            lines.append((shape_text(key[4:]), *each, chosen, share))
+        parts += [f"### {', '.join(group)}", _table(("shape", *names, "chosen", f"{FLOOR} / {OURS}"), lines)]
+    return parts
 
 
 def _key(row: _Row) -> tuple[Any, ...]:

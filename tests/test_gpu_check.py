@@ -24,6 +24,8 @@ pytestmark = [
     pytest.mark.only("cpu", "about make gpu-check, by trials on the CPU"),
 ]
 
+STRATEGIES = ["streaming", "block", "cluster", "grid", "retained"]
+
 FACTS = {"date": "2026-01-02 03:04 UTC", "device": "Some GPU", "memory": 80 * 2**30, "l2_cache": 50 * 2**20}
 
 
@@ -100,6 +102,33 @@ def test_markdown_of_rows():
         "- bfloat16 256x64x56x56 nchw eval torch-native: wrong: y",
         "- bfloat16 256x8x4x4 nchw fwd compile: failed: why",
     ]
+
+
+def forced(strategy, plan, microseconds, **case):
+    (row,) = rows(bnext=microseconds, **case)
+    return row | {"strategy": strategy, "plan": plan}
+
+
+def test_markdown_of_strategies():
+    """Each in its column; the planner's choice comes from the row that nobody forced, and so do all other tables."""
+    small = {"sizes": (64, 7, 7)}
+    found = [
+        *ROWS,
+        forced("streaming", "streaming 264x256", 250),
+        forced("grid", "grid 264x256", 150),
+        forced("block", "grid 264x256", 150),  # not possible: the planner's choice ran
+        forced("streaming", "streaming 132x256", 20, **small),
+        forced("block", "block 132x256", 10, **small),
+    ]
+    page = report(rows=found)
+    strategies = page.partition("## Strategies")[2]
+    assert section(strategies, "### bfloat16, nchw, fwd") == [
+        "| shape | streaming | grid | block | chosen | floor / bnext |",
+        f"| --- |{' ---: |' * 5}",
+        "| 256x64x56x56 | 250.0 | 150.0 |  | one | 0.50 |",
+        "| 256x64x7x7 | 20.0 |  | 10.0 |  |  |",
+    ]
+    assert page.partition("## Strategies")[0].strip() == report().strip()
 
 
 def test_markdown_of_steps():
@@ -181,7 +210,7 @@ def test_what_the_sanitizers_watch_runs():
     command = [sys.executable, "tests/small_shapes.py", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=120)
-    assert result.stdout == "1152 calls on cpu\n"
+    assert result.stdout == "1224 calls on cpu\n"
 
 
 def test_the_runs_of_the_benchmark_share_the_time(monkeypatch, tmp_path):
@@ -191,7 +220,7 @@ def test_the_runs_of_the_benchmark_share_the_time(monkeypatch, tmp_path):
     def execute(command, log, seconds, environment=None):
         assert command[:3] == [sys.executable, "-m", "bench"]
         args = options.parse("bench", command[3:])
-        asked.append((args, seconds))
+        asked.append((args, seconds, (environment or {}).get("BNEXT_CUDA_STRATEGY")))
         found = rows(torch=1, bnext=1, floor=1) + rows(floor=1, faults=[("bnext", "wrong", "y")], mode="bwd")
         if len(asked) != 2:  # as if the second had ended before its first case
             Path(args.json).write_text(json.dumps({"schema": 1, "rows": found}))
@@ -204,20 +233,25 @@ def test_the_runs_of_the_benchmark_share_the_time(monkeypatch, tmp_path):
         ("bench float16", "passed", "0 of 72 cases measured; logs/bench-1.log"),
         ("bench float32", "passed", "1 of 72 cases measured; logs/bench-2.log"),
         ("bench bfloat16 with torch.compile", "timed out", "1 of 24 cases measured; logs/bench-3.log"),
+        *(
+            (f"bench bfloat16, {name}", "timed out", f"1 of 48 cases measured; logs/bench-{4 + i}.log")
+            for i, name in enumerate(STRATEGIES)
+        ),
     ]
-    assert len(kept) == 3 * 5
+    assert len(kept) == 8 * 5
+    assert [row.get("strategy") for row in kept[::5]] == [None] * 3 + STRATEGIES
     assert not any("samples" in row for row in kept)
     assert kept[0]["seconds"]["median"] == 1e-6
-    assert [round(seconds) for _, seconds in asked] == [50, 67, 100, 200]
-    cases = [[case for group in options.groups(args) for case in group] for args, _ in asked]
-    assert [len(found) for found in cases] == [72, 72, 72, 24]
+    assert [round(seconds) for _, seconds, _ in asked] == [round(200 / left) for left in range(9, 0, -1)]
+    assert [strategy for *_, strategy in asked] == [None] * 4 + STRATEGIES
+    cases = [[case for group in options.groups(args) for case in group] for args, *_ in asked]
+    assert [len(found) for found in cases] == [72, 72, 72, 24] + [48] * 5
     assert {case.shape[0] for found in cases for case in found} == {256}
-    assert [args.dtype for args, _ in asked] == [["bfloat16"], ["float16"], ["float32"], ["bfloat16"]]
+    assert [args.dtype for args, *_ in asked] == [["bfloat16"], ["float16"], ["float32"]] + [["bfloat16"]] * 6
     backends = ["bnext", "torch", "torch-native"]
-    assert [[backend.name for backend in args.backend] for args, _ in asked] == [backends] * 3 + [
-        [*backends, "compile"]
-    ]
-    assert {(args.device, args.min_time, args.timeout) for args, _ in asked} == {("cuda", 0.25, 0.25)}
+    named = [[backend.name for backend in args.backend] for args, *_ in asked]
+    assert named == [backends] * 3 + [[*backends, "compile"]] + [["bnext"]] * 5
+    assert {(args.device, args.min_time, args.timeout) for args, *_ in asked} == {("cuda", 0.25, 0.25)}
 
 
 def test_the_benchmark_s_own_document_makes_a_report(tmp_path):

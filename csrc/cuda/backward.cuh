@@ -112,10 +112,11 @@ struct Backward {
   // Slots [begin, end), which are all kept, or none.
   template <bool kKept>
   __device__ __forceinline__ void apply(const Tile& tile, const A (&factor)[4][kColumns], int begin, int end) const {
-    for_slots_backward<kUnroll>(tile, begin, end, [&](const Slot(&slots)[kUnroll], int k) {
-      Pack<T, kPack> dy[kUnroll], x[kUnroll];
+    constexpr int kAtOnce = kResident && !kKept ? 2 : kUnroll;  // as many as registers allow
+    for_slots_backward<kAtOnce>(tile, begin, end, [&](const Slot(&slots)[kAtOnce], int k) {
+      Pack<T, kPack> dy[kAtOnce], x[kAtOnce];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kAtOnce; ++u) {
         if constexpr (kKept) {
           if (slots[u].size()) fetch(tile, k + u, dy[u], x[u]);
         } else {
@@ -124,7 +125,7 @@ struct Backward {
         }
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kAtOnce; ++u) {
         if (!training()) {
           write_eval(slots[u], dy[u], factor[kScale]);
           continue;

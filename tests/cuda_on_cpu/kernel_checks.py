@@ -58,7 +58,9 @@ EACH = {"streaming": (4, 16, 16, 16), "block": (4, 16, 16, 16), "cluster": (16, 
 
 by_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-by_shared = pytest.mark.parametrize(("strategy", "gpu", "shape", "layout"), SHARED, ids=lambda v: "" if v == {} else None)
+by_shared = pytest.mark.parametrize(
+    ("strategy", "gpu", "shape", "layout"), SHARED, ids=lambda v: "" if v == {} else None
+)
 
 
 @pytest.fixture(autouse=True)

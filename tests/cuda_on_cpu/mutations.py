@@ -102,7 +102,7 @@ csrc/math.h cuda_on_cpu/kernel_checks::test_large_means
 +   a.offset = 0 * moved;
 
 resident-reads-again: a resident slab is read from global memory again
-csrc/cuda/forward.cuh cuda_on_cpu/kernel_checks::test_traffic
+csrc/cuda/forward.cuh cuda_on_cpu/traffic_checks::test_traffic
 - const int kept = kResident ? min(w.held, tile.size()) : 0;
 + const int kept = 0;
 
@@ -192,7 +192,7 @@ csrc/cuda/forward.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same
 + const bool keeps = kResident;
 
 kept-in-part-read-whole: what a block keeps in part is read again as a whole
-csrc/cuda/forward.cuh cuda_on_cpu/kernel_checks::test_traffic_of_what_is_kept_in_part
+csrc/cuda/forward.cuh cuda_on_cpu/traffic_checks::test_traffic_of_what_is_kept_in_part
 - const int kept = kResident ? min(w.held, tile.size()) : 0;
 + const int kept = w.strategy != Strategy::retained ? min(w.held, tile.size()) : 0;
 """

@@ -77,6 +77,7 @@ def test_floors(asked, passes):
     p = bnext.plan(meta(64, 8, 7, 7), gpu="h200", **asked)
     assert (p.strategy == "streaming") == ("training" in asked)  # evaluation has no statistics to wait for
     assert (p.floor, p.passes, p.launches) == (passes, passes, 1)
+    assert (p.scratch > 0) == (asked == {"training": False, "backward": True})  # sums, for the gradients of [C]
 
 
 def test_strides_dtype_and_offset_are_read_off_the_tensor():
@@ -87,7 +88,7 @@ def test_strides_dtype_and_offset_are_read_off_the_tensor():
     assert plan(meta(256, 64, 56, 56, layout="nhwc")).strategy == "retained" != x.strategy
     assert plan(meta(256, 64, 56 * 56)) == plan(meta(256, 64, 4, 4, 196, dtype=torch.float16)) == x
     assert plan(meta(256, 64, 56, 56, dtype=torch.float32)).strategy == "grid"
-    assert plan(meta(512, 64)) == plan(meta(512, 64, 1, 1)) == plan(meta(512, 64, 1, 1, layout="nhwc"))
+    assert plan(meta(512, 12)) == plan(meta(512, 12, 1, 1)) == plan(meta(2, 12, 16, 16, layout="nhwc"))  # rows of 12
     assert plan(meta(256, 1, 8, 8)) == plan(meta(256, 1, 8, 8, layout="nhwc"))
     elements = 256 * 64 * 56 * 56
     offset = [meta(elements + 8)[i : i + elements].view(256, 64, 56, 56) for i in (8, 1)]

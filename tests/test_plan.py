@@ -171,7 +171,8 @@ def test_tables(capsys):
         assert [line[2:].split()[0] for line in strategies] == list(STRATEGIES)
         assert [line[0] for line in strategies] == [" "] * 4 + ["*"]
         assert lines[first + 1].split()[1:] == ["-"] * 12
-    assert " ".join(lines[8].split()) == "* retained 264 256 1 2 25% 100% 115200 1 2.49 2.00 42.8 53.1"
+    shared = bnext.plan(meta(256, 64, 56, 56, layout="nhwc"), gpu="h200").shared
+    assert " ".join(lines[8].split()) == f"* retained 264 256 1 2 25% 100% {shared} 1 2.49 2.00 42.8 53.1"
     assert callable(bnext.plan)  # and not its module
 
 

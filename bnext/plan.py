@@ -54,11 +54,11 @@ def plan(x: Tensor, *, backward: bool = False, training: bool = True, gpu: str |
     """How bnext computes the batch norm of x [N, C, *], or its backward with all gradients, in training or evaluation.
 
     Where x is, on the CPU or a CUDA device; with the name of a gpu (bnext.gpus.GPUS) as if it were there, meta tensors
-    included. Of x only shape, strides, offset and dtype matter; a copy that strides make necessary is not counted. What
-    BNEXT_CUDA_STRATEGY forces is not looked at.
+    included. Of x only shape, strides, offset and dtype matter; a copy that strides make necessary is not counted.
+    BNEXT_CUDA_STRATEGY forces a strategy wherever it is possible, as it does for the kernels.
 
     Raises TypeError for what is no tensor; NotImplementedError and RuntimeError for dtypes and shapes as
-    bnext.batch_norm does; ValueError for a sparse or empty tensor, an unknown gpu, and other devices.
+    bnext.batch_norm does; ValueError for a sparse or empty tensor, an unknown gpu or strategy, and other devices.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"expected x to be a Tensor, got {type(x).__name__}")

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from bnext.output import first_line
 from bnext.plan import STRATEGIES, GpuPlan, on_gpu
 
 _READING = """\
-the lines: every strategy, - where it is not possible, and a * before the one that is chosen
+the lines: every strategy, - where it is not possible; * before the one chosen, or forced by BNEXT_CUDA_STRATEGY
   streaming      statistics of everything, then everything is read again; also what needs no statistics
   block          a block keeps a channel, or a few, in shared memory between statistics and results
   cluster, grid  the blocks of a cluster, or several blocks of the grid, do so together
@@ -110,13 +111,10 @@ def run(args: argparse.Namespace) -> int:
         gpu = gpu | {"bandwidth": args.bandwidth}
     format = _FORMATS[len(args.shape)] if args.layout == "nhwc" else torch.contiguous_format
     x = torch.empty(args.shape, dtype=getattr(torch, args.dtype), device="meta", memory_format=format)
-    modes = {
-        mode: {
-            "chosen": on_gpu(x, gpu, **_MODES[mode]).strategy,
-            "strategies": {name: on_gpu(x, gpu, **_MODES[mode], strategy=name) for name in STRATEGIES},
-        }
-        for mode in args.mode
-    }
+    try:
+        modes = {mode: _plans(x, gpu, mode) for mode in args.mode}
+    except ValueError as error:
+        args.error(f"BNEXT_CUDA_STRATEGY: {error}")
     if args.json:
         asked = {"shape": args.shape, "dtype": args.dtype, "layout": args.layout, "gpu": gpu}
         print(json.dumps(asked | {"modes": modes}, indent=1, default=asdict))
@@ -128,6 +126,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{mode}: at least {floor} passes, {floor * x.nbytes / gpu['bandwidth'] * 1e6:.1f} us")
         _print_table(**found)
     return 0
+
+
+def _plans(x: torch.Tensor, gpu: Mapping[str, Any], mode: str) -> dict[str, Any]:
+    chosen = on_gpu(x, gpu, **_MODES[mode])
+    strategies = {name: on_gpu(x, gpu, **_MODES[mode], strategy=name) for name in STRATEGIES}
+    return {"chosen": chosen.strategy, "strategies": strategies}
 
 
 def _print_table(chosen: str, strategies: Mapping[str, GpuPlan | None]) -> None:

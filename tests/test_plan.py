@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,8 @@ from bnext.gpus import GPUS
 from bnext.plan import STRATEGIES, on_cpu
 
 pytestmark = [pytest.mark.bnext("about bnext's planner"), pytest.mark.only("cpu", "needs no device")]
+
+ROOT = Path(__file__).parent.parent
 
 
 def meta(*shape, dtype=torch.bfloat16, layout="nchw"):
@@ -251,3 +257,20 @@ def test_no_gpu_is_a_sentence(capsys):
         command("8x4")
     sentence = "error: this bnext was built without CUDA kernels: expected --gpu with one of t4, a100"
     assert sentence in capsys.readouterr().err
+
+
+def test_a_strategy_can_be_forced():
+    """In a process of its own: the variable is read once."""
+
+    def chosen(strategy):
+        words = [sys.executable, "-m", "bnext", "plan", "256x64x56x56", "--gpu", "h200", "--mode", "fwd,eval"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "BNEXT_CUDA_STRATEGY": strategy}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("*")], done.stderr
+
+    assert chosen("cluster") == (["cluster", "streaming"], "")
+    found, error = chosen("fast")
+    assert found == []
+    assert error.splitlines()[-1].endswith(
+        "BNEXT_CUDA_STRATEGY: expected the strategy to be streaming, block, cluster, grid or retained, got fast"
+    )

@@ -36,7 +36,7 @@ the columns:
               rounds; streaming stores can get beyond 100
   speedup     against --baseline
   peak MiB    what one call allocates, its results included
-  passes      how often bnext expects to move the tensor, by the plan that it chose; not a measurement
+  passes      how often bnext expects to move the tensor through memory, by its plan; not a measurement
   scaling     of the means: the time with the fewest --threads over this one; cases are timed one after the other
 
 exit code: 0, 1 if anything was wrong or failed, 2 for bad arguments, 130 after Ctrl-C."""

@@ -11,6 +11,7 @@ if sys.argv[:1] != ["-m"] or sys.orig_argv[-len(sys.argv)] not in ("bnext", "-mb
     from bnext.functional import batch_norm
     from bnext.inspect import bn_stats
     from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from bnext.plan import plan
     from bnext.recalibrate import update_bn
     from bnext.recomputation import checkpoint_context
 
@@ -28,6 +29,7 @@ __all__ = [
     "convert_batchnorm",
     "freeze_batchnorm",
     "is_cuda_available",
+    "plan",
     "revert_batchnorm",
     "unfreeze_batchnorm",
     "update_bn",

@@ -1,4 +1,4 @@
-"""Command line: python -m bnext [--json], the environment report, or python -m bnext stats CHECKPOINT."""
+"""Command line: python -m bnext [--json], the environment report; python -m bnext stats CHECKPOINT; plan NxCxHxW."""
 
 import argparse
 import importlib
@@ -8,7 +8,7 @@ import sys
 from bnext.output import first_line
 
 _PROG = "python -m bnext"
-_COMMANDS = ("stats",)
+_COMMANDS = {"plan": "plans", "stats": "stats"}  # word: module
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     name = words[0] if words and words[0] in _COMMANDS else None
     try:
-        command = importlib.import_module(f"bnext.{name or 'environment'}")
+        command = importlib.import_module(f"bnext.{_COMMANDS[name] if name else 'environment'}")
     except Exception as error:  # torch is not there, or broken
         print(f"{_PROG} {name}: {first_line(error)}", file=sys.stderr)
         return 1

@@ -21,7 +21,8 @@ _READING = """\
 exit code: 0, 1 if bnext does not load or the self-check fails, 2 for bad arguments
 
 other commands:
-  %(prog)s stats CHECKPOINT    what the batch norms in a checkpoint hold"""
+  %(prog)s stats CHECKPOINT    what the batch norms in a checkpoint hold
+  %(prog)s plan NxCxHxW        how a batch norm would run on a GPU, and how often it would move the tensor"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -60,16 +60,20 @@ def check(input: Tensor, **others: Tensor | None) -> None:
             raise RuntimeError(f"{name} should contain {channels} elements not {other.numel()}")
 
 
-def _output_like(input: Tensor) -> Tensor:
-    """csrc/host.h's output_format."""
-    if _known(input.numel() == 0):
-        return torch.empty_like(input)
+def output_format(input: Tensor) -> torch.memory_format:
+    """csrc/host.h's."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if input.is_contiguous():
-        return torch.empty_like(input, memory_format=torch.contiguous_format)
+        return torch.contiguous_format
     if input.dim() in formats and input.is_contiguous(memory_format=formats[input.dim()]):
-        return torch.empty_like(input, memory_format=formats[input.dim()])
-    return torch.empty_like(input, memory_format=suggest_memory_format(input))
+        return formats[input.dim()]
+    return suggest_memory_format(input)
+
+
+def _output_like(input: Tensor) -> Tensor:
+    if _known(input.numel() == 0):
+        return torch.empty_like(input)
+    return torch.empty_like(input, memory_format=output_format(input))
 
 
 def _fake_forward(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:

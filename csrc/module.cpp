@@ -41,14 +41,14 @@ py::object plan(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_la
 }
 
 py::dict cpu_plan(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_last, const std::string& dtype,
-                  bool backward, int threads) {
+                  bool backward, bool training, int threads) {
   if (N < 1 || C < 1 || S < 1) throw std::invalid_argument("expected N, C and S to be positive");
   const bool planar = (!channels_last && S != 1) || C == 1;
   const bnext::Layout layout = planar ? bnext::Layout::planar : bnext::Layout::channels_last;
   const bnext::DType type = dtype_named(dtype);
   const bnext::Problem problem{N, C, S, layout, type, type};
   py::dict result;
-  const std::int64_t group = bnext::cpu::group_channels(problem, true, true, backward ? 2 : 1, threads);
+  const std::int64_t group = bnext::cpu::group_channels(problem, training, true, backward ? 2 : 1, threads);
   result["group"] = group;
   result["streaming"] = bnext::cpu::streams(problem, group);
   result["cache"] = bnext::cpu::last_level_cache();
@@ -67,8 +67,8 @@ PYBIND11_MODULE(_C, m) {
         arg("eps"), arg("skipped_batches") = py::none(),
         "bnext.BatchNormFunction.apply of plain tensors: the same arguments, ops and gradients, by a node in C++.");
   m.def("cpu_plan", &cpu_plan, arg("N"), arg("C"), arg("S"), py::kw_only(), arg("channels_last"), arg("dtype"),
-        arg("backward"), arg("threads"),
-        "How the CPU kernels take a training step, as a dict. group: channels taken together, from a cache that holds "
+        arg("backward"), arg("training"), arg("threads"),
+        "How the CPU kernels take a batch norm, as a dict. group: channels taken together, from a cache that holds "
         "them, 0: the whole tensor. streaming: whether results are written past the caches. cache: bytes of the last.");
   m.def(
       "gpu", [] { return bnext::cuda::as_dict(bnext::cuda::current_device()); },

@@ -13,6 +13,8 @@ import bench.__main__ as command
 from bench import backends, plans, timing, verify
 from bench.cases import Case, make_inputs
 from bench.timing import Budget, Spread
+from bnext import _C
+from bnext.gpus import GPUS
 
 pytestmark = [
     pytest.mark.bnext("bnext's benchmark"),
@@ -147,25 +149,17 @@ def test_a_noisy_row_is_marked(monkeypatch, tmp_path, capsys):
 
 
 def test_plan_on_a_gpu(monkeypatch):
-    h200 = SimpleNamespace(
-        multi_processor_count=132,
-        shared_memory_per_block_optin=227 * 1024,
-        shared_memory_per_multiprocessor=228 * 1024,
-        max_threads_per_multi_processor=2048,
-        L2_cache_size=60 * 2**20,
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h200)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_C, "gpu", lambda: GPUS["h200"])
 
     def predicted(mode, *shape, layout="nchw"):
         return plans.predicted(Case("custom", "", shape, 1, mode, layout, "bfloat16", "cuda", 1))
 
-    assert predicted("fwd", 256, 1024, 14, 14)[0].startswith("resident ")
-    assert predicted("fwd", 256, 1024, 14, 14)[1] == 2
-    assert predicted("bwd", 256, 256, 56, 56)[0].startswith("streaming ")
-    assert predicted("bwd", 256, 256, 56, 56)[1] == 5
-    assert predicted("eval", 256, 256, 56, 56, layout="nhwc")[1] == 2
-    assert predicted("fwd_bwd", 256, 256, 56, 56)[1] == 8
+    assert predicted("fwd", 256, 1024, 14, 14) == ("cluster 264x256/4", 2)
+    assert predicted("eval", 256, 256, 56, 56, layout="nhwc") == ("streaming 264x256", 2)
+    assert predicted("bwd", 256, 256, 56, 56, layout="nhwc") == ("retained 264x256", 3.88)
+    assert predicted("fwd_bwd", 256, 256, 56, 56, layout="nhwc") == ("retained 264x256; retained 264x256", 5.88)
+    monkeypatch.setattr(_C, "gpu", lambda: GPUS["a100"])
+    assert predicted("fwd", 256, 64, 112, 112, layout="nhwc")[1] > 2.8
 
 
 def test_inplace_abn_by_its_interface(monkeypatch):

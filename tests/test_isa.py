@@ -62,7 +62,8 @@ def test_every_unit_gives_the_same_bits():
 
 
 def test_neither_writing_past_the_caches_nor_their_size_is_seen_in_a_bit():
-    assert bnext._C.cpu_plan(1, 1, 1, channels_last=False, dtype="float32", backward=False, threads=1)["cache"] > 0
+    how = {"channels_last": False, "dtype": "float32", "backward": False, "training": True, "threads": 1}
+    assert bnext._C.cpu_plan(1, 1, 1, **how)["cache"] > 0
     for unit in (UNITS[0], UNITS[-1]):
         found = [python(EVERYTHING, unit, BNEXT_CPU_LLC=size).stdout for size in ("1", str(1 << 40))]
         assert found[0] == found[1] != ""

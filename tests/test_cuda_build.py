@@ -108,7 +108,8 @@ def disassembly(library: Path, arch: str) -> dict[str, Counter[str]]:
     kernels = {}
     for text in re.split(r"\n\s*Function : ", named)[1:]:
         name = re.search(r"kernel<(.*)>\(", text.split("\n", 1)[0])
-        assert name is not None
+        if name is None:
+            continue  # the probe of device.cu
         plain = re.sub(r"bnext::(cuda|device)::", "", name[1])
         kernels[plain] = Counter(re.findall(r"\b(?:LDG|STG)\.[A-Z0-9.]+", text))
     return kernels
@@ -120,18 +121,21 @@ def test_tensors_move_16_bytes_at_a_time(built, arch):
     (library,) = (built[0] / "bnext").glob("_C*.so")
     kernels = disassembly(library, arch)
     assert len(kernels) == INSTANCES
-    whole = {name: accesses for name, accesses in kernels.items() if re.search(r"<[A-Za-z0-9]+, true>", name)}
-    assert len(whole) == INSTANCES // 2
+    whole = {name: accesses for name, accesses in kernels.items() if re.search(r"<[A-Za-z0-9]+, true", name)}
+    assert len(whole) == INSTANCES * 3 // 5
     for name, accesses in whole.items():
-        backward, half, columns = name.startswith("Backward"), "16" in name, "ChannelsLast" in name
-        resident = re.search(r"true>, true", name) is not None
-        unrolled = 2 if backward and half and columns else 4
+        backward, half, columns, resident = name.startswith("Backward"), "16" in name, "Rows" in name, ">, true" in name
+        unrolled = 2 if backward and columns and (half or resident) else 4
+        again = 2 if backward and resident else unrolled  # at once of what is read again
         tensors = 2 if backward else 1
         wide = {kind: n for kind, n in accesses.items() if "128" in kind}
         loads = sum(n for kind, n in wide.items() if kind.startswith("LDG"))
         stores = sum(n for kind, n in wide.items() if kind.startswith("STG"))
-        assert loads == unrolled * tensors * (1 if resident else 2), (name, accesses)
-        assert stores == unrolled * (3 if backward else 1), (name, accesses)  # in training, and twice in evaluation
+        # What is kept is loaded to leave the L2 cache first, and what is not is not.
+        assert loads == (unrolled * (2 if resident else 1) + again) * tensors, (name, accesses)
+        # In training, and twice in evaluation; or of what is kept and what is not. Past the L2 cache, and not.
+        times = unrolled + again if resident else unrolled * (3 if backward else 1)
+        assert stores == 2 * times, (name, accesses)
         narrow = [kind for kind in accesses if "CONSTANT" in kind and "128" not in kind]
         assert narrow == [], (name, narrow)
         if not columns:  # what is left are [C] arrays of either dtype; the packs of a tensor would be 32 of these

@@ -121,7 +121,7 @@ constexpr std::int64_t promised_threads(const Kind& k) {
 }
 // Slots that a thread loads before it uses them.
 constexpr int unroll(const Kind& k) {
-  return k.backward && k.element == 2 && !(k.planar && k.whole) ? 2 : 4;
+  return k.backward && (k.element == 2 || k.resident) && !(k.planar && k.whole) ? 2 : 4;
 }
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) {

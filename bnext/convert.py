@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bnext.rewrite import WITH_ACT, unfuse
 
 TO_BNEXT: dict[type, type] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -35,16 +36,19 @@ def convert_batchnorm(module: _Module) -> _Module:
 def revert_batchnorm(module: _Module) -> _Module:
     """Undoes convert_batchnorm: makes every bnext batch norm in module torch's own again, in place; returns module.
 
-    Raises ValueError, and changes nothing, where layers are frozen: torch's classes would thaw them in training. Layers
-    that skip_nonfinite=True guarded, which torch's cannot, are named in a warning of the "bnext" logger.
+    Undoes fuse_batchnorm_act first. Raises ValueError, and changes nothing, where layers are frozen: torch's classes
+    would thaw them in training; or where module holds but a part of what was fused. Layers that skip_nonfinite=True
+    guarded, which torch's cannot, are named in a warning of the "bnext" logger.
     """
-    layers = {name or "(root)": layer for name, layer in module.named_modules() if type(layer) in _TO_TORCH}
+    ours = _TO_TORCH.keys() | WITH_ACT.values()
+    layers = {name or "(root)": layer for name, layer in module.named_modules() if type(layer) in ours}
     frozen = [name for name, layer in layers.items() if layer.frozen_stats or layer.frozen_affine]
     if frozen:
         raise ValueError(
             "revert_batchnorm: expected no frozen layers, since torch's classes do not stay frozen, got "
             f"{', '.join(frozen)}; unfreeze_batchnorm comes first"
         )
+    unfuse(module)
     guarded = [name for name, layer in layers.items() if layer.skip_nonfinite]
     if guarded:
         _log.warning("running statistics no longer guarded, as by skip_nonfinite=True: %s", ", ".join(guarded))

@@ -9,6 +9,7 @@ if sys.argv[:1] != ["-m"] or sys.orig_argv[-len(sys.argv)] not in ("bnext", "-mb
     from bnext.freeze import freeze_batchnorm, unfreeze_batchnorm
     from bnext.function import BatchNormFunction
     from bnext.functional import batch_norm
+    from bnext.fuse import fuse_batchnorm_act
     from bnext.inspect import bn_stats
     from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
     from bnext.recalibrate import update_bn
@@ -27,6 +28,7 @@ __all__ = [
     "checkpoint_context",
     "convert_batchnorm",
     "freeze_batchnorm",
+    "fuse_batchnorm_act",
     "is_cuda_available",
     "revert_batchnorm",
     "unfreeze_batchnorm",

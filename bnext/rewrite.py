@@ -38,12 +38,8 @@ class FusedActivation(nn.Identity):
 class Rewritten(nn.Module):
     """A module whose forward was written anew; its class is a subclass of what it was, of the same name.
 
-    Such classes are made when needed. What is pickled is what one was made of.
+    Such a class is made when needed, of what it was, _bnext_source and _bnext_norms, and pickled as these.
     """
-
-    # Names that no module of a user has
-    _bnext_source: str
-    _bnext_norms: tuple[str, ...]
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         _, _, *state = super().__reduce_ex__(protocol)

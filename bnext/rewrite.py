@@ -75,20 +75,27 @@ def _new(cls: type, source: str, norms: tuple[str, ...]) -> nn.Module:
     return rewritten.__new__(rewritten)
 
 
-def unfuse(module: nn.Module) -> None:
-    """Undoes what fuse_batchnorm_act did in module; ValueError, and no change, where part of it lies outside."""
-    inside = set(module.modules())
-    activations = [m for m in inside if isinstance(m, FusedActivation)]
-    rewritten = [m for m in inside if isinstance(m, Rewritten)]
-    norms = {norm for m in activations for norm in m.norm}
-    norms |= {m.get_submodule(path) for m in rewritten for path in m._bnext_norms}
+def fused_norms(module: nn.Module) -> set[nn.Module]:
+    """The batch norms that fuse_batchnorm_act gave activations; ValueError where part of what it did lies outside."""
+    inside, norms = set(module.modules()), set()
+    for m in inside:
+        if isinstance(m, FusedActivation):
+            norms.update(m.norm)
+        elif isinstance(m, Rewritten):
+            norms.update(map(m.get_submodule, m._bnext_norms))
     if any(norm not in inside or type(norm) not in _WITHOUT_ACT for norm in norms):
         raise ValueError("expected all that was fused together, batch norms and activations, got a part of it")
-    for m in activations:
-        m.__class__ = m.was
-        del m.was, m.norm
-    for m in rewritten:
-        m.__class__ = type(m).__bases__[1]
-    for norm in norms:
+    return norms
+
+
+def unfuse(module: nn.Module) -> None:
+    """Undoes what fuse_batchnorm_act did in module; raises, and changes nothing, where fused_norms() does."""
+    for norm in fused_norms(module):
         norm.__class__ = _WITHOUT_ACT[type(norm)]
-        vars(norm).pop("act", None)
+        del norm.act
+    for m in module.modules():
+        if isinstance(m, FusedActivation):
+            m.__class__ = m.was
+            del m.was, m.norm
+        elif isinstance(m, Rewritten):
+            m.__class__ = type(m).__bases__[1]

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bnext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 
 TO_BNEXT: dict[type, type] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
+_FUSED = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)
 _TO_TORCH = {ours: theirs for theirs, ours in TO_BNEXT.items()}
 
 _log = logging.getLogger("bnext")
@@ -35,8 +36,9 @@ def convert_batchnorm(module: _Module) -> _Module:
 def revert_batchnorm(module: _Module) -> _Module:
     """Undoes convert_batchnorm: makes every bnext batch norm in module torch's own again, in place; returns module.
 
-    Raises ValueError, and changes nothing, where layers are frozen: torch's classes would thaw them in training. Layers
-    that skip_nonfinite=True guarded, which torch's cannot, are named in a warning of the "bnext" logger.
+    Raises ValueError, and changes nothing, where layers are frozen, since torch's classes would thaw them in training,
+    or have an activation (BatchNormAct1d/2d/3d), which torch's have not. Layers that skip_nonfinite=True guarded, which
+    torch's cannot, are named in a warning of the "bnext" logger.
     """
     layers = {name or "(root)": layer for name, layer in module.named_modules() if type(layer) in _TO_TORCH}
     frozen = [name for name, layer in layers.items() if layer.frozen_stats or layer.frozen_affine]
@@ -44,6 +46,12 @@ def revert_batchnorm(module: _Module) -> _Module:
         raise ValueError(
             "revert_batchnorm: expected no frozen layers, since torch's classes do not stay frozen, got "
             f"{', '.join(frozen)}; unfreeze_batchnorm comes first"
+        )
+    fused = [name or "(root)" for name, layer in module.named_modules() if isinstance(layer, _FUSED)]
+    if fused:
+        raise ValueError(
+            "revert_batchnorm: expected no layers with an activation, since torch's classes have none, got "
+            f"{', '.join(fused)}"
         )
     guarded = [name for name, layer in layers.items() if layer.skip_nonfinite]
     if guarded:
@@ -59,7 +67,7 @@ def reclass(module: nn.Module, classes: dict[type, type]) -> dict[str, nn.Module
         if type(layer) in classes and "forward" not in vars(layer):
             layer.__class__ = classes[type(layer)]
             done += 1
-        elif _is_batch_norm(layer) and type(layer) not in classes.values():
+        elif _is_batch_norm(layer) and type(layer) not in (*classes.values(), *_FUSED):
             left[name] = layer
     _log.info("%d batch norm layers changed to %s", done, next(iter(classes.values())).__module__)
     return left

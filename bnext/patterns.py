@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from bnext.rewrite import WITH_ACT, Act
+from bnext.activation import Act
+from bnext.rewrite import WITH_ACT
 from bnext.trace import Trace, is_chain
 
 _MODULES = {

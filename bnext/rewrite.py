@@ -22,8 +22,6 @@ WITH_ACT: dict[type, type] = {
 }
 _WITHOUT_ACT = {fused: plain for plain, fused in WITH_ACT.items()}
 
-Act = str | tuple[str, float]
-
 
 class FusedActivation(nn.Identity):
     """An activation module that passes on what it gets: the batch norm before it applies it.

@@ -13,6 +13,7 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
-  for (const char* op : {"batch_norm_train", "batch_norm_eval", "batch_norm_backward"})
+  for (const char* op : {"batch_norm_train", "batch_norm_eval", "batch_norm_backward", "batch_norm_act_train",
+                         "batch_norm_act_eval", "batch_norm_act_backward"})
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse>());
 }

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_same_state, norms
+from helpers import assert_same_state, bnext_ops, norms
 from torch import nn
 from vision import NETWORKS, BasicBlock, Bottleneck, ResNet, conv
 
@@ -81,6 +81,22 @@ def test_five_steps(name):
             nn.functional.cross_entropy(m(x), target).backward()
             optimizer.step()
     assert_same_state(model, twin)
+
+
+def test_ops():
+    block = bnext.fuse_batchnorm_act(BasicBlock(3, 3))
+    x = torch.randn(2, 3, 5, 5)
+    with bnext_ops("act_train", "act_train", "act_backward", "act_backward") as recorder:
+        block(x).sum().backward()
+    assert recorder.torch == []
+
+
+def test_converting_a_fused_model_does_nothing(caplog):
+    model = bnext.fuse_batchnorm_act(ResNet(BasicBlock))
+    with caplog.at_level(logging.WARNING, logger="bnext"):
+        bnext.convert_batchnorm(model)
+    assert len(fused(model)) == 9
+    assert not caplog.records
 
 
 def test_channels_last():
@@ -263,6 +279,14 @@ def test_parts_of_a_fusion_do_not_revert():
     bnext.revert_batchnorm(model.layer1[0])
     assert len(fused(model)) == count - 2
     assert type(model.layer1[0]) is BasicBlock
+
+
+def test_layers_built_with_an_activation_do_not_revert():
+    model = nn.Sequential(BasicBlock(3, 3), bnext.BatchNormAct2d(3))
+    bnext.fuse_batchnorm_act(model)
+    with pytest.raises(ValueError, match=r"expected no layers with an activation.*got 1$"):
+        bnext.revert_batchnorm(model)
+    assert len(fused(model)) == 3
 
 
 def test_layers_that_were_replaced_do_not_revert():

@@ -13,6 +13,7 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import has_torch_function_variadic
 
 from bnext import ops
+from bnext.activation import Act, parse
 from bnext.double_backward import gradients
 
 
@@ -183,15 +184,15 @@ def apply(
     eps: float,
     skipped_batches: Tensor | None = None,
     residual: Tensor | None = None,
-    act: tuple[str, float] | None = None,
+    act: Act = "identity",
 ) -> Tensor:
     """BatchNormFunction.apply; by csrc/autograd.cpp, for speed, where nothing has to see Python call the ops.
 
-    With act, as activation.parse gives it, BatchNormActFunction.apply.
+    With a residual or another act BatchNormActFunction.apply.
 
     torch.compile follows Python alone, and a __torch_function__, of a mode or a class, takes calls from Python.
 
-    Raises TypeError for a momentum or eps that is no number.
+    Raises TypeError for a momentum or eps that is no number, ValueError for an act that is none.
     """
     if type(momentum) is not float and momentum is not None:
         momentum = _float("momentum", momentum)
@@ -201,10 +202,10 @@ def apply(
         _refuse_gradient("running_mean", input, weight, bias)
     if running_var is not None and running_var.requires_grad:
         _refuse_gradient("running_var", input, weight, bias)
-    if act is not None and (residual is not None or act[0] != "identity"):
+    if residual is not None or act != "identity":
         return _apply_act(
             (input, weight, bias, residual),
-            (running_mean, running_var, num_batches_tracked, training, momentum, eps, *act, skipped_batches),
+            (running_mean, running_var, num_batches_tracked, training, momentum, eps, *parse(act), skipped_batches),
         )
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
     if torch.compiler.is_dynamo_compiling() or has_torch_function_variadic(*tensors):

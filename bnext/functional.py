@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from bnext import activation, function
+from bnext import function
+from bnext.activation import Act
 from bnext.fallbacks import after_torch, needs_torch, torch_batch_norm
 from bnext.recomputation import recomputation
 
@@ -45,7 +46,7 @@ def batch_norm_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     residual: Tensor | None = None,
-    act: activation.Act = "relu",
+    act: Act = "relu",
 ) -> Tensor:
     """act(batch_norm(input, ...) + residual), in the passes over memory that batch_norm alone takes.
 
@@ -55,11 +56,30 @@ def batch_norm_act(
 
     Raises what batch_norm does, RuntimeError for a residual that is not like input, and ValueError for another act.
     """
+    if torch.jit.is_scripting():
+        output = torch_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return after_torch(output, residual, act)
+    else:
+        return _batch_norm_act(input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act)
+
+
+def _batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    act: Act,
+) -> Tensor:
     tensors = (input, running_mean, running_var, weight, bias)
     if has_torch_function_variadic(*tensors, residual):
         keywords = {"training": training, "momentum": momentum, "eps": eps, "residual": residual, "act": act}
         return handle_torch_function(batch_norm_act, (*tensors, residual), *tensors, **keywords)
-    return _batch_norm(*tensors, training, momentum, eps, residual, activation.parse(act))
+    return _batch_norm(*tensors, training, momentum, eps, residual, act)
 
 
 def _batch_norm(
@@ -72,7 +92,7 @@ def _batch_norm(
     momentum: float,
     eps: float,
     residual: Tensor | None = None,
-    act: tuple[str, float] | None = None,
+    act: Act = "identity",
 ) -> Tensor:
     tensors = (input, running_mean, running_var, weight, bias)
     if has_torch_function_variadic(*tensors):
@@ -80,8 +100,7 @@ def _batch_norm(
     if not isinstance(input, Tensor):
         raise TypeError(f"batch_norm(): argument 'input' must be Tensor, not {type(input).__name__}")
     if needs_torch(*tensors, residual):
-        output = torch_batch_norm(*tensors, training, momentum, eps)
-        return output if act is None else after_torch(output, residual, act)
+        return after_torch(torch_batch_norm(*tensors, training, momentum, eps), residual, act)
     if not isinstance(training, bool):
         raise TypeError(f"batch_norm(): argument 'training' must be bool, not {type(training).__name__}")
     if momentum is None:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bnext import activation, function
+from bnext.activation import Act
 from bnext.fallbacks import after_torch, needs_torch, overrides_torch, torch_batch_norm
 from bnext.recomputation import recomputation
 
@@ -70,13 +71,16 @@ class _Forward(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """input [N, C, *] -> [N, C, *], as torch's module of the same name, errors and side effects included."""
         if torch.jit.is_scripting():
-            if self.frozen_stats:
-                return self._torch_frozen_forward(input)
-            if self.skip_nonfinite and self.training:
-                raise NotImplementedError("skip_nonfinite=True needs bnext's op: expected no training in TorchScript")
-            return self._torch_forward(input)
+            return self._scripted_forward(input)
         else:
             return _forward(self, input)
+
+    def _scripted_forward(self, input: Tensor) -> Tensor:
+        if self.frozen_stats:
+            return self._torch_frozen_forward(input)
+        if self.skip_nonfinite and self.training:
+            raise NotImplementedError("skip_nonfinite=True needs bnext's op: expected no training in TorchScript")
+        return self._torch_forward(input)
 
     def _torch_frozen_forward(self, input: Tensor) -> Tensor:
         """torch's own batch norm, of a frozen layer."""
@@ -114,16 +118,13 @@ class _Forward(_BatchNorm):
         return ", ".join([super().extra_repr(), *said])
 
 
-def _forward(
-    module: _Forward, input: Tensor, residual: Tensor | None = None, act: tuple[str, float] | None = None
-) -> Tensor:
+def _forward(module: _Forward, input: Tensor, residual: Tensor | None = None, act: Act = "identity") -> Tensor:
     if isinstance(input, fx.Proxy):  # torch.fx takes only torch.nn's own modules for leaves
         return _leaf(module, (input,) if residual is None else (input, residual))
     # Once each: torch takes most of a microsecond to find a parameter or buffer.
     weight, bias, running_mean, running_var = module.weight, module.bias, module.running_mean, module.running_var
     if overrides_torch(input) or needs_torch(input, weight, bias, running_mean, running_var, residual):
-        output = _by_torch(module, input)
-        return output if act is None else after_torch(output, residual, act)
+        return after_torch(_by_torch(module, input), residual, act)
     module._check_input_dim(input)
     counter, skipped, momentum, training = None, None, module.momentum, bool(module.training)
     if module.frozen_stats:
@@ -211,7 +212,7 @@ class _ActForward(_Forward):
     __constants__ = (*_Forward.__constants__, "act")
     __jit_unused_properties__ = ("eps",)
 
-    def __init__(self, *args: Any, act: activation.Act = "relu", **keywords: Any) -> None:
+    def __init__(self, *args: Any, act: Act = "relu", **keywords: Any) -> None:
         """The arguments of bnext's BatchNorm of as many dimensions, and act. Raises ValueError for another act."""
         activation.parse(act)
         super().__init__(*args, **keywords)
@@ -219,7 +220,10 @@ class _ActForward(_Forward):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(BatchNorm(input) + residual); input and residual [N, C, *] alike in dtype, device and memory format."""
-        return _forward(self, input, residual, activation.parse(self.act))
+        if torch.jit.is_scripting():
+            return after_torch(self._scripted_forward(input), residual, self.act)
+        else:
+            return _forward(self, input, residual, self.act)
 
     @property
     def eps(self) -> float:

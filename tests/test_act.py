@@ -116,9 +116,10 @@ SPECIAL = [0.0, -0.0, torch.nan, 6.0, -6.0, 3.0, -3.0, 1e-30, -1e-30, torch.inf,
 @by_act
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_exact_where_activations_break(act, dtype, layout, adds):
-    """z of 0, -0, NaN and infinity, at a kink and beside it: torch's bits, but in NaN's gradient by relu6 and hardswish.
+    """z of 0, -0, NaN and infinity, at a kink and beside it: torch's bits.
 
-    There torch's vectors give 0 and NaN, its scalars and GPU pass the gradient on, and so does bnext.
+    But for the gradient of NaN by relu6 and hardswish, where torch's vectors give 0 and NaN, and its scalars pass the
+    gradient on, as bnext does.
     """
     z = in_layout(torch.tensor(SPECIAL, dtype=dtype).repeat(3, 7, 5, 1), layout)
     zeros, minus = torch.zeros(7, dtype=dtype), torch.full((7,), -0.0, dtype=dtype)

@@ -14,7 +14,11 @@ from vision import NETWORKS, BasicBlock, Bottleneck, ResNet, conv
 import bnext
 from bnext import rewrite
 
-pytestmark = [pytest.mark.bnext("bnext.fuse_batchnorm_act"), pytest.mark.usefixtures("one_thread")]
+pytestmark = [
+    pytest.mark.bnext("bnext.fuse_batchnorm_act"),
+    pytest.mark.only("cpu", "there are no CUDA kernels of it"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 ACTS = (bnext.BatchNormAct1d, bnext.BatchNormAct2d, bnext.BatchNormAct3d)
 

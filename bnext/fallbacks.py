@@ -5,8 +5,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from bnext import reference
+from bnext.activation import Act, parse
+
 # Bound here, so that it stays torch's where someone puts bnext.batch_norm in its place.
 torch_batch_norm = F.batch_norm
+
+
+def after_torch(output: Tensor, residual: Tensor | None, act: Act) -> Tensor:
+    """What follows torch's batch norm in batch_norm_act: torch's own addition and activation."""
+    if residual is not None:
+        if not torch.jit.is_tracing() and residual.shape != output.shape:
+            raise RuntimeError(f"expected residual to have the shape of input, {output.shape}, got {residual.shape}")
+        output = output + residual
+    name, slope = parse(act)
+    return reference.activate(output, name, slope)
 
 
 def needs_torch(*tensors: Tensor | None) -> str | None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.overrides import has_torch_function_variadic
 
-from bnext import ops, reference
-from bnext.fallbacks import backward_needs_formula
+from bnext import ops
+from bnext.activation import Act, parse
+from bnext.double_backward import gradients
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -63,9 +64,86 @@ class BatchNormFunction(torch.autograd.Function):
         grad_input, grad_weight, grad_bias = backward(
             grad_output, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.needs_input_grad[:3]
         )
-        if grad_bias is not None and grad_bias.shape != ctx.bias_shape:
-            grad_bias = grad_bias.reshape(ctx.bias_shape)
-        return grad_input, grad_weight, grad_bias, *(None,) * 7
+        return grad_input, grad_weight, _reshaped(grad_bias, ctx.bias_shape), *(None,) * 7
+
+
+class BatchNormActFunction(torch.autograd.Function):
+    """act(BatchNormFunction's output + residual), with gradients for input, weight, bias and residual.
+
+    apply(input, weight, bias, residual, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+    act, slope, skipped_batches) -> output
+
+    residual like input, or None; act and slope as activation.parse gives them. Saved besides input, weight and
+    statistics: where a residual is added, one bit an element for relu, relu6 and leaky_relu, and the residual for silu
+    and hardswish; without residual, bias. The sum before the activation never is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        act: str,
+        slope: float,
+        skipped_batches: Tensor | None,
+    ) -> Tensor:
+        buffers = (running_mean, running_var, num_batches_tracked)
+        output, mean, invstd, mask = _act_forward(
+            input, weight, bias, residual, *buffers, training, momentum, eps, act, slope, skipped_batches, True
+        )
+        recomputed = (bias, residual) if mask is None and act != "identity" else (None, None)
+        ctx.save_for_backward(input, weight, *recomputed, mean, invstd, mask)
+        ctx.rest, ctx.bias_shape = (training, eps, act, slope), None if bias is None else bias.shape
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 13
+        *wanted, of_residual = ctx.needs_input_grad[:4]
+        identity = "identity" in ctx.rest
+        grad_input, grad_weight, grad_bias, grad_residual = gradients(
+            grad_output, *ctx.saved_tensors, *ctx.rest, (*wanted, of_residual and not identity)
+        )
+        if of_residual and identity:
+            grad_residual = grad_output
+        return grad_input, grad_weight, _reshaped(grad_bias, ctx.bias_shape), grad_residual, *(None,) * 9
+
+
+def _reshaped(grad: Tensor | None, shape: torch.Size | None) -> Tensor | None:
+    """The op's gradient is [C], whatever the shape of what it belongs to."""
+    return grad if grad is None or grad.shape == shape else grad.reshape(shape)
+
+
+def _act_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    act: str,
+    slope: float,
+    skipped_batches: Tensor | None,
+    keep_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    arguments, after = (input, weight, bias, running_mean, running_var), (residual, act, slope, keep_mask)
+    if training:
+        return ops.batch_norm_act_train(*arguments, num_batches_tracked, momentum, eps, *after, skipped_batches)
+    return ops.batch_norm_act_eval(*arguments, eps, *after)
 
 
 def backward(
@@ -78,80 +156,9 @@ def backward(
     eps: float,
     mask: tuple[bool, bool, bool],
 ) -> Sequence[Tensor | None]:
-    """The gradients of input, weight and bias that mask asks for, by the op or, where that cannot do, the formula."""
-    arguments = (grad_output, input, weight, mean, invstd, training)
-    if backward_needs_formula(grad_output, input, weight):
-        found = _formula(*arguments, eps)
-        return [grad if wanted else None for grad, wanted in zip(found, mask, strict=True)]
-    if torch.is_grad_enabled():  # create_graph=True
-        return BatchNormBackwardFunction.apply(*arguments, eps, mask)
-    return ops.batch_norm_backward(*arguments, mask)
-
-
-class BatchNormBackwardFunction(torch.autograd.Function):
-    """The backward as a function of (grad_output, input, weight), for double backward.
-
-    The gradients themselves come from the kernel; their derivative is autograd's, of the reference formula.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        training: bool,
-        eps: float,
-        mask: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(grad_output, input, weight, mean, invstd)
-        ctx.training, ctx.eps = training, eps
-        ctx.set_materialize_grads(False)
-        return ops.batch_norm_backward(grad_output, input, weight, mean, invstd, training, mask)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        create_graph = torch.is_grad_enabled()
-        grad_output, input, weight, mean, invstd = ctx.saved_tensors
-        needed = [i for i in range(3) if ctx.needs_input_grad[i]]
-        result: list[Tensor | None] = [None] * 8
-        with torch.enable_grad():
-            # New nodes: a gradient stops here, even where grad_output was itself computed from input.
-            inputs = [t if t is None else t.view_as(t) for t in (grad_output, input, weight)]
-            outputs = _formula(*inputs, mean, invstd, ctx.training, ctx.eps)
-            wanted = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None]
-            found = torch.autograd.grad(
-                [o for o, _ in wanted],
-                [inputs[i] for i in needed],
-                [g for _, g in wanted],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        for i, grad in zip(needed, found, strict=True):
-            result[i] = grad
-        return tuple(result)
-
-
-def _formula(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    training: bool,
-    eps: float,
-) -> list[Tensor]:
-    """The backward in differentiable torch operations, half types in float32; training: through the statistics too."""
-    training = training and input.numel() > 0  # nothing has no statistics
-    if training:
-        mean, _, invstd = reference.batch_stats(input.to(mean.dtype), eps)
-    wide = [t if t is None else t.to(mean.dtype) for t in (grad_output, input, weight)]
-    grad_input, grad_weight, grad_bias = reference.backward(*wide, mean, invstd, training)
-    dtype = mean.dtype if weight is None else weight.dtype
-    shape = mean.shape if weight is None else weight.shape
-    return [grad_input.to(input.dtype).reshape(input.shape), grad_weight.to(dtype).reshape(shape), grad_bias.to(dtype)]
+    """The gradients of input, weight and bias that mask asks for; csrc/autograd.cpp calls it."""
+    saved = (input, weight, None, None, mean, invstd, None)
+    return gradients(grad_output, *saved, training, eps, "identity", 0.0, (*mask, False))[:3]
 
 
 def _float(name: str, value: Any) -> float:
@@ -176,12 +183,16 @@ def apply(
     momentum: float | None,
     eps: float,
     skipped_batches: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: Act = "identity",
 ) -> Tensor:
     """BatchNormFunction.apply; by csrc/autograd.cpp, for speed, where nothing has to see Python call the ops.
 
+    With a residual or another act BatchNormActFunction.apply.
+
     torch.compile follows Python alone, and a __torch_function__, of a mode or a class, takes calls from Python.
 
-    Raises TypeError for a momentum or eps that is no number.
+    Raises TypeError for a momentum or eps that is no number, ValueError for an act that is none.
     """
     if type(momentum) is not float and momentum is not None:
         momentum = _float("momentum", momentum)
@@ -191,10 +202,21 @@ def apply(
         _refuse_gradient("running_mean", input, weight, bias)
     if running_var is not None and running_var.requires_grad:
         _refuse_gradient("running_var", input, weight, bias)
+    if residual is not None or act != "identity":
+        return _apply_act(
+            (input, weight, bias, residual),
+            (running_mean, running_var, num_batches_tracked, training, momentum, eps, *parse(act), skipped_batches),
+        )
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
     if torch.compiler.is_dynamo_compiling() or has_torch_function_variadic(*tensors):
         return BatchNormFunction.apply(*tensors, training, momentum, eps, skipped_batches)
     return ops.batch_norm(*tensors, training, momentum, eps, skipped_batches)
+
+
+def _apply_act(differentiable: tuple[Tensor | None, ...], rest: tuple[Any, ...]) -> Tensor:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        return BatchNormActFunction.apply(*differentiable, *rest)
+    return _act_forward(*differentiable, *rest, False)[0]
 
 
 def _refuse_gradient(name: str, *differentiable: Tensor | None) -> None:

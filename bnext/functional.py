@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from bnext import function
-from bnext.fallbacks import needs_torch, torch_batch_norm
+from bnext.activation import Act
+from bnext.fallbacks import after_torch, needs_torch, torch_batch_norm
 from bnext.recomputation import recomputation
 
 
@@ -35,6 +36,52 @@ def batch_norm(
         return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    act: Act = "relu",
+) -> Tensor:
+    """act(batch_norm(input, ...) + residual), in the passes over memory that batch_norm alone takes.
+
+    The first eight arguments are batch_norm's. residual like input: its shape, dtype, device and memory format. act is
+    "identity", "relu", "relu6", ("leaky_relu", slope), "silu" or "hardswish", each what the function of that name in
+    torch.nn.functional is.
+
+    Raises what batch_norm does, RuntimeError for a residual that is not like input, and ValueError for another act.
+    """
+    if torch.jit.is_scripting():
+        output = torch_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return after_torch(output, residual, act)
+    else:
+        return _batch_norm_act(input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act)
+
+
+def _batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    act: Act,
+) -> Tensor:
+    tensors = (input, running_mean, running_var, weight, bias)
+    if has_torch_function_variadic(*tensors, residual):
+        keywords = {"training": training, "momentum": momentum, "eps": eps, "residual": residual, "act": act}
+        return handle_torch_function(batch_norm_act, (*tensors, residual), *tensors, **keywords)
+    return _batch_norm(*tensors, training, momentum, eps, residual, act)
+
+
 def _batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -44,18 +91,22 @@ def _batch_norm(
     training: bool,
     momentum: float,
     eps: float,
+    residual: Tensor | None = None,
+    act: Act = "identity",
 ) -> Tensor:
     tensors = (input, running_mean, running_var, weight, bias)
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps)
     if not isinstance(input, Tensor):
         raise TypeError(f"batch_norm(): argument 'input' must be Tensor, not {type(input).__name__}")
-    if needs_torch(*tensors):
-        return torch_batch_norm(*tensors, training, momentum, eps)
+    if needs_torch(*tensors, residual):
+        return after_torch(torch_batch_norm(*tensors, training, momentum, eps), residual, act)
     if not isinstance(training, bool):
         raise TypeError(f"batch_norm(): argument 'training' must be bool, not {type(training).__name__}")
     if momentum is None:
         raise TypeError("batch_norm(): argument 'momentum' must be float, not NoneType")
     if training and recomputation.active:
         running_mean = running_var = None
-    return function.apply(input, weight, bias, running_mean, running_var, None, training, momentum, eps)
+    return function.apply(
+        input, weight, bias, running_mean, running_var, None, training, momentum, eps, None, residual, act
+    )

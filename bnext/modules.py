@@ -1,5 +1,6 @@
 """BatchNorm1d/2d/3d: torch's modules with bnext's forward."""
 
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from bnext import function
-from bnext.fallbacks import needs_torch, overrides_torch, torch_batch_norm
+from bnext import activation, function
+from bnext.activation import Act
+from bnext.fallbacks import after_torch, needs_torch, overrides_torch, torch_batch_norm
 from bnext.recomputation import recomputation
 
 
@@ -68,13 +71,16 @@ class _Forward(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """input [N, C, *] -> [N, C, *], as torch's module of the same name, errors and side effects included."""
         if torch.jit.is_scripting():
-            if self.frozen_stats:
-                return self._torch_frozen_forward(input)
-            if self.skip_nonfinite and self.training:
-                raise NotImplementedError("skip_nonfinite=True needs bnext's op: expected no training in TorchScript")
-            return self._torch_forward(input)
+            return self._scripted_forward(input)
         else:
             return _forward(self, input)
+
+    def _scripted_forward(self, input: Tensor) -> Tensor:
+        if self.frozen_stats:
+            return self._torch_frozen_forward(input)
+        if self.skip_nonfinite and self.training:
+            raise NotImplementedError("skip_nonfinite=True needs bnext's op: expected no training in TorchScript")
+        return self._torch_forward(input)
 
     def _torch_frozen_forward(self, input: Tensor) -> Tensor:
         """torch's own batch norm, of a frozen layer."""
@@ -112,13 +118,13 @@ class _Forward(_BatchNorm):
         return ", ".join([super().extra_repr(), *said])
 
 
-def _forward(module: _Forward, input: Tensor) -> Tensor:
+def _forward(module: _Forward, input: Tensor, residual: Tensor | None = None, act: Act = "identity") -> Tensor:
     if isinstance(input, fx.Proxy):  # torch.fx takes only torch.nn's own modules for leaves
-        return _leaf(module, input)
+        return _leaf(module, (input,) if residual is None else (input, residual))
     # Once each: torch takes most of a microsecond to find a parameter or buffer.
     weight, bias, running_mean, running_var = module.weight, module.bias, module.running_mean, module.running_var
-    if overrides_torch(input) or needs_torch(input, weight, bias, running_mean, running_var):
-        return _by_torch(module, input)
+    if overrides_torch(input) or needs_torch(input, weight, bias, running_mean, running_var, residual):
+        return after_torch(_by_torch(module, input), residual, act)
     module._check_input_dim(input)
     counter, skipped, momentum, training = None, None, module.momentum, bool(module.training)
     if module.frozen_stats:
@@ -137,7 +143,18 @@ def _forward(module: _Forward, input: Tensor) -> Tensor:
     before = None if counter is None else _version(counter)
     try:
         return function.apply(
-            input, weight, bias, running_mean, running_var, counter, training, momentum, module.eps, skipped
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            counter,
+            training,
+            momentum,
+            module.eps,
+            skipped,
+            residual,
+            act,
         )
     except Exception:
         if counter is not None and _version(counter) == before:
@@ -156,11 +173,12 @@ def _by_torch(module: _Forward, input: Tensor) -> Tensor:
     return _BatchNorm.forward(module, input)
 
 
-def _leaf(module: _Forward, input: fx.Proxy) -> fx.Proxy:
-    path = input.tracer.path_of_module(module)
+def _leaf(module: _Forward, inputs: tuple[fx.Proxy, ...]) -> fx.Proxy:
+    tracer = inputs[0].tracer
+    path = tracer.path_of_module(module)
     if not path:
         raise fx.proxy.TraceError(f"{type(module).__name__} is a leaf of torch.fx: trace a module that holds it")
-    return input.tracer.create_proxy("call_module", path, (input,), {})
+    return tracer.create_proxy("call_module", path, inputs, {})
 
 
 def _version(counter: Tensor) -> int | None:
@@ -179,3 +197,61 @@ class BatchNorm2d(_Forward, nn.BatchNorm2d):
 
 class BatchNorm3d(_Forward, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d on bnext: input [N, C, D, H, W]."""
+
+
+_DROPS_ACTIVATION = {nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__, fuse_conv_bn_eval.__code__}
+
+
+class _ActForward(_Forward):
+    """_Forward, followed by the addition of a residual and an activation.
+
+    act: "identity", "relu", "relu6", ("leaky_relu", slope), "silu" or "hardswish", as given.
+    """
+
+    act = "relu"
+    __constants__ = (*_Forward.__constants__, "act")
+    __jit_unused_properties__ = ("eps",)
+
+    def __init__(self, *args: Any, act: Act = "relu", **keywords: Any) -> None:
+        """The arguments of bnext's BatchNorm of as many dimensions, and act. Raises ValueError for another act."""
+        activation.parse(act)
+        super().__init__(*args, **keywords)
+        self.act = act
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(BatchNorm(input) + residual); input and residual [N, C, *] alike in dtype, device and memory format."""
+        if torch.jit.is_scripting():
+            return after_torch(self._scripted_forward(input), residual, self.act)
+        else:
+            return _forward(self, input, residual, self.act)
+
+    @property
+    def eps(self) -> float:
+        """As of the base class. Raises TypeError for those of torch's tools that would drop the activation."""
+        if not torch.compiler.is_dynamo_compiling():
+            reader = sys._getframe(1).f_code
+            if reader in _DROPS_ACTIVATION:
+                raise TypeError(
+                    f"{reader.co_name} would drop the activation of {type(self).__name__}: "
+                    "expected a batch norm and its activation in modules of their own"
+                )
+        return vars(self)["eps"]
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        vars(self)["eps"] = value
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act!r}"
+
+
+class BatchNormAct1d(_ActForward, BatchNorm1d):
+    """BatchNorm1d, residual and activation in one: forward(input, residual=None)."""
+
+
+class BatchNormAct2d(_ActForward, BatchNorm2d):
+    """BatchNorm2d, residual and activation in one: forward(input, residual=None)."""
+
+
+class BatchNormAct3d(_ActForward, BatchNorm3d):
+    """BatchNorm3d, residual and activation in one: forward(input, residual=None)."""

@@ -7,6 +7,7 @@ root; running_var keeps the unbiased one. Everything here is differentiable, in 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -47,6 +48,37 @@ def normalize(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: T
     scale = invstd if weight is None else weight * invstd
     output = (input - _per_channel(mean, input)) * _per_channel(scale, input)
     return output if bias is None else output + _per_channel(bias, input)
+
+
+def activate(z: Tensor, act: str, slope: float) -> Tensor:
+    """torch's own activation of that name; slope is that of leaky ReLU below 0."""
+    if act == "relu":
+        return F.relu(z)
+    if act == "relu6":
+        return F.relu6(z)
+    if act == "leaky_relu":
+        return F.leaky_relu(z, slope)
+    if act == "silu":
+        return F.silu(z)
+    if act == "hardswish":
+        return F.hardswish(z)
+    return z
+
+
+def activate_backward(grad_output: Tensor, z: Tensor, act: str, slope: float) -> Tensor:
+    """Gradient of z."""
+    if act == "relu":
+        return torch.where(z <= 0, 0, grad_output)
+    if act == "relu6":
+        return torch.where((z <= 0) | (z >= 6), 0, grad_output)
+    if act == "leaky_relu":
+        return torch.where(z > 0, grad_output, grad_output * slope)
+    if act == "silu":
+        s = z.sigmoid()
+        return grad_output * s * (1 + z * (1 - s))
+    if act == "hardswish":
+        return torch.where(z <= -3, 0, torch.where(z < 3, grad_output * (z / 3 + 0.5), grad_output))
+    return grad_output
 
 
 def update_running(

@@ -7,7 +7,11 @@
 #include <c10/util/Exception.h>
 
 #include <initializer_list>
+#include <iterator>
 #include <optional>
+#include <string_view>
+
+#include "params.h"
 
 namespace bnext::host::check {
 
@@ -114,6 +118,36 @@ inline void eval(const Tensor& x, const OptTensor& weight, const OptTensor& bias
   TORCH_CHECK(running_mean.defined(), "running_mean must be defined in evaluation mode");
   TORCH_CHECK(running_var.defined(), "running_var must be defined in evaluation mode");
   arguments(x, weight, bias, running_mean, running_var);
+}
+
+// The activation of that name; bnext/activation.py has the same names.
+inline Act activation(std::string_view name) {
+  constexpr std::string_view kNames[] = {"identity", "relu", "relu6", "leaky_relu", "silu", "hardswish"};
+  const auto* found = std::find(std::begin(kNames), std::end(kNames), name);
+  TORCH_CHECK_VALUE(found != std::end(kNames), "expected act to be one of ", at::ArrayRef(kNames), ", got ", name);
+  return static_cast<Act>(found - kNames);
+}
+
+// A tensor with an element for each of input's, which lies in memory as input does.
+inline void like_input(const char* name, const OptTensor& t, const Tensor& x, at::MemoryFormat format) {
+  if (!has(t)) return;
+  memory(name, t);
+  TORCH_CHECK(t->sizes() == x.sizes(), "expected ", name, " to have the shape of input, ", x.sizes(), ", got ",
+              t->sizes());
+  TORCH_CHECK(t->scalar_type() == x.scalar_type() && t->device() == x.device(), "expected ", name, " to be ",
+              x.scalar_type(), " on ", x.device(), " as input, got ", t->scalar_type(), " on ", t->device());
+  TORCH_CHECK(x.numel() == 0 || t->is_contiguous(format) || t->suggest_memory_format() == format, "expected ", name,
+              " to have the memory format of input, ", format, ", got strides ", t->strides());
+}
+
+// The mask of a forward on x.
+inline void mask(const OptTensor& mask, const Tensor& x) {
+  if (!has(mask)) return;
+  memory("mask", mask);
+  TORCH_CHECK(mask->scalar_type() == at::kByte && mask->device() == x.device() && mask->is_contiguous() &&
+                  mask->numel() == (x.numel() + 7) / 8,
+              "expected mask to be contiguous, with ", (x.numel() + 7) / 8, " uint8 on ", x.device(), ", got shape ",
+              mask->sizes(), " of ", mask->scalar_type(), " on ", mask->device());
 }
 
 inline void backward(const Tensor& grad_output, const Tensor& x, const OptTensor& weight, const Tensor& mean,

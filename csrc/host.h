@@ -21,6 +21,7 @@ namespace bnext::host {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using check::has;
 
 // Of a tensor that has passed check::input.
@@ -78,6 +79,10 @@ class Channels {
   Tensor tensor_;
 };
 
+inline void* data(const Tensor& t) {
+  return t.defined() ? t.data_ptr() : nullptr;
+}
+
 // Points the kernel at the counter. One that is not int64 (Module.type() casts it too) is counted here.
 inline void set_counter(ForwardParams& p, const OptTensor& counter, std::optional<double> momentum) {
   p.cumulative = has(counter) && !momentum;
@@ -93,17 +98,35 @@ inline void set_counter(ForwardParams& p, const OptTensor& counter, std::optiona
   p.cumulative = false;
 }
 
+inline ThreeTensors first_three(FourTensors&& all) {
+  auto& [first, second, third, fourth] = all;
+  return {std::move(first), std::move(second), std::move(third)};
+}
+
+// What follows the normalisation. keep_mask: a backward will need the mask, where there is one.
+struct After {
+  OptTensor residual;
+  Act act = Act::identity;
+  double slope = 0;
+  bool keep_mask = false;
+};
+
+// output, mean, invstd and the mask.
 template <class Backend>
-ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTensor& bias, const OptTensor& running_mean,
-                     const OptTensor& running_var, const OptTensor& counter, std::optional<double> momentum, double eps,
-                     bool training, const OptTensor& skipped) {
+FourTensors forward(const Tensor& input, const OptTensor& weight, const OptTensor& bias, const OptTensor& running_mean,
+                    const OptTensor& running_var, const OptTensor& counter, std::optional<double> momentum, double eps,
+                    bool training, const OptTensor& skipped, const After& after) {
+  Tensor mask;
+  if (after.keep_mask && has(after.residual) && has_two_slopes(after.act))
+    mask = at::empty({(input.numel() + 7) / 8}, input.options().dtype(at::kByte));
   if (input.numel() == 0) {
     if (training && has(counter)) counter->add_(1);
     const auto zeros = [&] { return at::zeros({check::channel_count(input)}, stats_options(input)); };
-    return {at::empty_like(input), zeros(), zeros()};
+    return {at::empty_like(input), zeros(), zeros(), mask};
   }
   const at::MemoryFormat format = output_format(input);
   const Tensor x = input.contiguous(format);
+  const Tensor residual = has(after.residual) ? after.residual->contiguous(format) : Tensor();
   Tensor output = at::empty_like(x, format);
   const auto statistic = [&] { return at::empty({input.size(1)}, stats_options(input)); };
   Tensor mean = statistic(), invstd = statistic();
@@ -122,6 +145,10 @@ ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTens
   p.invstd = invstd.data_ptr();
   p.eps = eps;
   p.training = training;
+  p.residual = data(residual);
+  p.act = after.act;
+  p.slope = after.slope;
+  p.mask = static_cast<std::uint8_t*>(data(mask));
   if (training) set_counter(p, counter, momentum);
   if (has(skipped)) p.skipped_batches = skipped->data_ptr<int64_t>();
   Backend::forward(p, x);
@@ -129,7 +156,7 @@ ThreeTensors forward(const Tensor& input, const OptTensor& weight, const OptTens
     running_mean_.write_back(running_mean);
     running_var_.write_back(running_var);
   }
-  return {output, mean, invstd};
+  return {output, mean, invstd, mask};
 }
 
 template <class Backend>
@@ -138,50 +165,111 @@ ThreeTensors batch_norm_train(const Tensor& input, const OptTensor& weight, cons
                               const OptTensor& num_batches_tracked, std::optional<double> momentum, double eps,
                               const OptTensor& skipped_batches) {
   check::train(input, weight, bias, running_mean, running_var, num_batches_tracked, eps, skipped_batches);
-  return forward<Backend>(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, true,
-                          skipped_batches);
+  return first_three(forward<Backend>(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
+                                      eps, true, skipped_batches, {}));
 }
 
 template <class Backend>
 ThreeTensors batch_norm_eval(const Tensor& input, const OptTensor& weight, const OptTensor& bias,
                              const Tensor& running_mean, const Tensor& running_var, double eps) {
   check::eval(input, weight, bias, running_mean, running_var, eps);
-  return forward<Backend>(input, weight, bias, running_mean, running_var, {}, {}, eps, false, {});
+  return first_three(forward<Backend>(input, weight, bias, running_mean, running_var, {}, {}, eps, false, {}, {}));
+}
+
+inline After after(const Tensor& input, const OptTensor& residual, std::string_view act, double slope, bool keep_mask) {
+  check::like_input("residual", residual, input, output_format(input));
+  return {residual, check::activation(act), slope, keep_mask};
+}
+
+template <class Backend>
+FourTensors batch_norm_act_train(const Tensor& input, const OptTensor& weight, const OptTensor& bias,
+                                 const OptTensor& running_mean, const OptTensor& running_var,
+                                 const OptTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+                                 const OptTensor& residual, std::string_view act, double slope, bool keep_mask,
+                                 const OptTensor& skipped_batches) {
+  check::train(input, weight, bias, running_mean, running_var, num_batches_tracked, eps, skipped_batches);
+  return forward<Backend>(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, true,
+                          skipped_batches, after(input, residual, act, slope, keep_mask));
+}
+
+template <class Backend>
+FourTensors batch_norm_act_eval(const Tensor& input, const OptTensor& weight, const OptTensor& bias,
+                                const Tensor& running_mean, const Tensor& running_var, double eps,
+                                const OptTensor& residual, std::string_view act, double slope, bool keep_mask) {
+  check::eval(input, weight, bias, running_mean, running_var, eps);
+  return forward<Backend>(input, weight, bias, running_mean, running_var, {}, {}, eps, false, {},
+                          after(input, residual, act, slope, keep_mask));
+}
+
+// What the backward knows of what follows the normalisation.
+struct AfterForward {
+  OptTensor bias, residual, mask;
+  Act act = Act::identity;
+  double slope = 0;
+};
+
+// Gradients of input, weight, bias and residual.
+template <class Backend>
+FourTensors backward(const Tensor& grad_output, const Tensor& input, const OptTensor& weight, const Tensor& mean,
+                     const Tensor& invstd, bool training, std::array<bool, 4> output_mask, const AfterForward& after) {
+  check::backward(grad_output, input, weight, mean, invstd, stats_options(input).dtype().toScalarType());
+  const at::MemoryFormat format = input.suggest_memory_format();
+  const Tensor& param = has(weight) ? *weight : mean;
+  Tensor grad_input, grad_weight, grad_bias, grad_residual;
+  if (output_mask[0]) grad_input = input.numel() ? at::empty_like(input, format) : at::empty_like(input);
+  if (output_mask[3]) grad_residual = input.numel() ? at::empty_like(input, format) : at::empty_like(input);
+  if (output_mask[1] && has(weight)) grad_weight = at::empty_like(*weight, at::MemoryFormat::Contiguous);
+  if (output_mask[2]) grad_bias = at::empty({check::channel_count(input)}, param.options());
+  if (input.numel() == 0) {
+    for (Tensor* grad : {&grad_weight, &grad_bias})
+      if (grad->defined()) grad->zero_();
+    return {grad_input, grad_weight, grad_bias, grad_residual};
+  }
+
+  const Tensor x = input.contiguous(format), dy = grad_output.contiguous(format);
+  const Tensor residual = has(after.residual) ? after.residual->contiguous(format) : Tensor();
+  const Channels weight_(weight), bias_(after.bias), mean_(mean), invstd_(invstd);
+  BackwardParams p{};
+  set_problem(p, x, format, dtype_of(param));
+  p.grad_output = dy.data_ptr();
+  p.input = x.data_ptr();
+  p.weight = weight_.data();
+  p.bias = bias_.data();
+  p.mean = mean_.data();
+  p.invstd = invstd_.data();
+  p.act = after.act;
+  p.slope = after.slope;
+  p.residual = data(residual);
+  p.mask = static_cast<const std::uint8_t*>(has(after.mask) ? after.mask->data_ptr() : nullptr);
+  p.grad_input = data(grad_input);
+  p.grad_residual = data(grad_residual);
+  p.grad_weight = data(grad_weight);
+  p.grad_bias = data(grad_bias);
+  p.training = training;
+  Backend::backward(p, x);
+  return {grad_input, grad_weight, grad_bias, grad_residual};
 }
 
 template <class Backend>
 ThreeTensors batch_norm_backward(const Tensor& grad_output, const Tensor& input, const OptTensor& weight,
                                  const Tensor& mean, const Tensor& invstd, bool training,
                                  std::array<bool, 3> output_mask) {
-  check::backward(grad_output, input, weight, mean, invstd, stats_options(input).dtype().toScalarType());
-  const at::MemoryFormat format = input.suggest_memory_format();
-  const Tensor& param = has(weight) ? *weight : mean;
-  Tensor grad_input, grad_weight, grad_bias;
-  if (output_mask[0]) grad_input = input.numel() ? at::empty_like(input, format) : at::empty_like(input);
-  if (output_mask[1] && has(weight)) grad_weight = at::empty_like(*weight, at::MemoryFormat::Contiguous);
-  if (output_mask[2]) grad_bias = at::empty({check::channel_count(input)}, param.options());
-  if (input.numel() == 0) {
-    for (Tensor* grad : {&grad_weight, &grad_bias})
-      if (grad->defined()) grad->zero_();
-    return {grad_input, grad_weight, grad_bias};
-  }
+  const auto& [of_input, of_weight, of_bias] = output_mask;
+  return first_three(
+      backward<Backend>(grad_output, input, weight, mean, invstd, training, {of_input, of_weight, of_bias, false}, {}));
+}
 
-  const Tensor x = input.contiguous(format), dy = grad_output.contiguous(format);
-  const Channels weight_(weight), mean_(mean), invstd_(invstd);
-  const auto data = [](const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
-  BackwardParams p{};
-  set_problem(p, x, format, dtype_of(param));
-  p.grad_output = dy.data_ptr();
-  p.input = x.data_ptr();
-  p.weight = weight_.data();
-  p.mean = mean_.data();
-  p.invstd = invstd_.data();
-  p.grad_input = data(grad_input);
-  p.grad_weight = data(grad_weight);
-  p.grad_bias = data(grad_bias);
-  p.training = training;
-  Backend::backward(p, x);
-  return {grad_input, grad_weight, grad_bias};
+template <class Backend>
+FourTensors batch_norm_act_backward(const Tensor& grad_output, const Tensor& input, const OptTensor& weight,
+                                    const OptTensor& bias, const Tensor& mean, const Tensor& invstd,
+                                    const OptTensor& residual, const OptTensor& mask, bool training,
+                                    std::string_view act, double slope, std::array<bool, 4> output_mask) {
+  check::input(input);
+  check::like_input("residual", residual, input, output_format(input));
+  check::mask(mask, input);
+  check::channels("bias", bias, input, check::param_dtype(input, {&weight, &bias}));
+  return backward<Backend>(grad_output, input, weight, mean, invstd, training, output_mask,
+                           {bias, residual, mask, check::activation(act), slope});
 }
 
 // The ops of csrc/ops.cpp on one backend.
@@ -190,6 +278,9 @@ void register_backend(torch::Library& m) {
   m.impl("batch_norm_train", &batch_norm_train<Backend>);
   m.impl("batch_norm_eval", &batch_norm_eval<Backend>);
   m.impl("batch_norm_backward", &batch_norm_backward<Backend>);
+  m.impl("batch_norm_act_train", &batch_norm_act_train<Backend>);
+  m.impl("batch_norm_act_eval", &batch_norm_act_eval<Backend>);
+  m.impl("batch_norm_act_backward", &batch_norm_act_backward<Backend>);
 }
 
 }  // namespace bnext::host

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "device.h"
+#include "params.h"
 
 namespace bnext::inline BNEXT_ISA::math {
 
@@ -145,11 +145,94 @@ BNEXT_DEVICE inline V grad_input_eval(V dy, P scale) {
   return dy * scale;
 }
 
-// What follows the normalisation, chosen at compile time.
+// What follows the normalisation and the residual: forward, y of their sum z, and backward, the gradient of z; as
+// torch's at 0, -0 and NaN. Of those with two slopes, passes(z) is the bit that backward needs, and gate takes it.
 struct Identity {
   template <class V>
-  BNEXT_DEVICE static V forward(V y) {
-    return y;
+  BNEXT_DEVICE static V forward(V z) {
+    return z;
+  }
+};
+struct Relu {
+  template <class V>
+  BNEXT_DEVICE static V forward(V z) {
+    return z < 0 ? V{} : z;
+  }
+  template <class V>
+  BNEXT_DEVICE static auto passes(V z) {
+    return !(z <= 0);
+  }
+  template <class V, class Passes>
+  BNEXT_DEVICE static V gate(V dy, Passes passes) {
+    return passes ? dy : V{};
+  }
+  template <class V>
+  BNEXT_DEVICE static V backward(V dy, V z) {
+    return gate(dy, passes(z));
+  }
+};
+
+// e^x; cpu/exp.h has it for vectors.
+template <class V>
+struct Exp {
+  BNEXT_DEVICE static V of(V x) { return std::exp(x); }
+};
+template <class V>
+BNEXT_DEVICE inline V sigmoid(V z) {
+  return 1 / (1 + Exp<V>::of(-z));
+}
+template <class V>
+BNEXT_DEVICE inline V clamp_to_6(V z) {
+  return z < 0 ? V{} : z > 6 ? V{} + 6 : z;
+}
+
+// Any, chosen at run time; A is the type that elements are normalised in.
+template <class A>
+struct Activation {
+  Act act;
+  A slope;
+
+  template <class V>
+  BNEXT_DEVICE V forward(V z) const {
+    switch (act) {
+      case Act::relu:
+        return Relu::forward(z);
+      case Act::relu6:
+        return clamp_to_6(z);
+      case Act::leaky_relu:
+        return z > 0 ? z : z * slope;
+      case Act::silu:
+        return z * sigmoid(z);
+      case Act::hardswish:
+        return z * clamp_to_6(z + 3) / 6;
+      default:
+        return z;
+    }
+  }
+  template <class V>
+  BNEXT_DEVICE auto passes(V z) const {
+    return act == Act::relu ? Relu::passes(z) : act == Act::relu6 ? !((z <= 0) | (z >= 6)) : z > 0;
+  }
+  template <class V, class Passes>
+  BNEXT_DEVICE V gate(V dy, Passes passes) const {
+    return passes ? dy : act == Act::leaky_relu ? dy * slope : V{};
+  }
+  template <class V>
+  BNEXT_DEVICE V backward(V dy, V z) const {
+    switch (act) {
+      case Act::relu:
+      case Act::relu6:
+      case Act::leaky_relu:
+        return gate(dy, passes(z));
+      case Act::silu: {
+        const V s = sigmoid(z);
+        return dy * s * (1 + z * (1 - s));
+      }
+      case Act::hardswish:
+        return z <= -3 ? V{} : z < 3 ? dy * (z / 3 + A(0.5)) : dy;
+      default:
+        return dy;
+    }
   }
 };
 

@@ -1,4 +1,5 @@
-// Backward of both, for kernels.inl: grad_weight = sum(dy * (x - mean)) * invstd, grad_bias = sum(dy), grad_input.
+// Backward of both, for kernels.inl: grad_weight = sum(dz * (x - mean)) * invstd, grad_bias = sum(dz), grad_input
+// and grad_residual = dz, the gradient of the activation's argument (dy, without activation).
 //
 // With E = N * C * S * itemsize: reduce reads 2E, apply reads 2E (from cache where the channels taken together are few
 // enough; E in evaluation) and writes E.
@@ -15,11 +16,80 @@
 namespace bnext::cpu::BNEXT_ISA {
 namespace {
 
-constexpr int kBackwardFactors = 4;  // mean, scale, grad_mean, projection
+constexpr int kBackwardFactors = 5;  // mean, scale, bias, grad_mean, projection
 
-// sum(dy) and sum(dy * (x - mean)).
+// A way to find the gradient of z, the activation's argument, from that of the output: of(k, dy, x), k being mean,
+// scale and bias, of which the first kShared are needed; where it takes a residual, of(k, dy, x, added).
+
+// Without activation.
+struct Plain {
+  static constexpr int kShared = 1;
+  static constexpr bool kResidual = false, kInput = false;
+  explicit Plain(const BackwardParams&) {}
+  template <class K, class V>
+  V of(const K*, V dy, V) const {
+    return dy;
+  }
+};
+// z = normalize(x), with the bits that it had in the forward.
+struct ReluOfInput {
+  static constexpr int kShared = 3;
+  static constexpr bool kResidual = false, kInput = true;
+  explicit ReluOfInput(const BackwardParams&) {}
+  template <class K, class V>
+  V of(const K* k, V dy, V x) const {
+    return math::Relu::backward(dy, math::normalize(x, k[0], k[1], k[2]));
+  }
+};
+struct ReluOfMask {
+  static constexpr int kShared = 1;
+  static constexpr bool kResidual = true, kInput = false;
+  explicit ReluOfMask(const BackwardParams&) {}
+  template <class K, class V>
+  V of(const K*, V dy, V, const Added<V>& added) const {
+    return math::Relu::gate(dy, added.passes);
+  }
+};
+// Any activation: by the mask, or else z = normalize(x), + residual where there is one. Called, not inlined: it is
+// long.
+template <class C>
+struct AnyActivation {
+  static constexpr int kShared = 3;
+  static constexpr bool kResidual = true, kInput = true;
+  math::Activation<C> activation;
+  bool masked, adds;
+  explicit AnyActivation(const BackwardParams& p)
+      : activation{p.act, static_cast<C>(p.slope)}, masked(p.mask), adds(p.residual) {}
+  template <class K, class V>
+  [[gnu::noinline]] V of(const K* k, V dy, V x, const Added<V>& added) const {
+    if (masked) return activation.gate(dy, added.passes);
+    V z = math::normalize(x, k[0], k[1], k[2]);
+    if (adds) z = z + added.value;
+    return activation.backward(dy, z);
+  }
+};
+
+// f(the way that p needs), and f(grad_output, input, and what else it takes).
+template <class T, class F>
+void with_gradient(const BackwardParams& p, F f) {
+  if (p.act == Act::identity) return f(Plain(p));
+  if constexpr (!std::is_same_v<T, double>)
+    if (p.act == Act::relu) return p.mask ? f(ReluOfMask(p)) : f(ReluOfInput(p));
+  f(AnyActivation<Compute<T>>(p));
+}
+template <class T, class Gradient, class F>
+void with_tensors(const BackwardParams& p, int64_t begin, F f) {
+  const T *dy = static_cast<const T*>(p.grad_output) + begin, *x = static_cast<const T*>(p.input) + begin;
+  if constexpr (Gradient::kResidual) {
+    f(dy, x, Residual<T>{static_cast<const T*>(p.residual), p.mask} + begin);
+  } else {
+    f(dy, x);
+  }
+}
+
+// sum(dz) and sum(dz * (x - mean)).
 struct Sum {
-  double dy, dy_xmu;
+  double dz, dz_xmu;
 };
 
 // A way of summing has, of chunk k,
@@ -28,29 +98,52 @@ struct Sum {
 //   trusted(p, c, sum, count): whether the second sum of channel c can be used.
 
 // Products in A.
-template <class A, class T>
+template <class A, class T, class Gradient>
 struct Products {
+  using C = Compute<T>;
+  static constexpr int kShared = Gradient::kShared;
+
+  // Of dz, which is computed as apply does it, whatever A is.
+  template <class K, class V, class... Added>
+  static math::Factors<V> products(const Gradient& gradient, const K* k, V dy, V x, const Added&... added) {
+    decltype(in<C>(k[0])) own[kShared];
+    for (int i = 0; i < kShared; ++i) own[i] = in<C>(k[i]);
+    return math::products(to<V>(gradient.of(own, in<C>(dy), in<C>(x), added...)), x, k[0]);
+  }
+  static void set_shared(const BackwardParams& p, int64_t c, A* shared, int64_t stride) {
+    shared[0] = static_cast<A>(static_cast<const C*>(p.mean)[c]);
+    if constexpr (kShared == 3) {
+      shared[stride] = static_cast<A>(scale_of(p, c, static_cast<const C*>(p.invstd)[c]));
+      shared[2 * stride] = static_cast<A>(bias_of<C>(p, c));
+    }
+  }
+
   static Sum planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t c) {
-    const auto f = [mean = static_cast<A>(static_cast<const Compute<T>*>(p.mean)[c])](auto dy, auto x) {
-      return math::products(dy, x, mean);
-    };
+    const Gradient gradient(p);
+    A shared[kShared];
+    set_shared(p, c, shared, 1);
+    const auto f = [&](auto dy, auto x, const auto&... added) { return products(gradient, shared, dy, x, added...); };
     RunSums<A, T> sums;
-    for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b)
-      sums.add(runs_of(p, tiling.block(b), c), f, static_cast<const T*>(p.grad_output), static_cast<const T*>(p.input));
+    with_tensors<T, Gradient>(p, 0, [&](auto... in) {
+      for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b)
+        sums.add(runs_of(p, tiling.block(b), c), f, in...);
+    });
     return {sums.total(0), sums.total(1)};
   }
 
   static void rows(const BackwardParams& p, const Tiling& tiling, int64_t k, double* sums) {
     const Row row(p.C);
-    const std::unique_ptr<A[]> mean(new A[row.width()]);
-    for (int64_t c = 0; c < p.C; ++c) mean[c] = static_cast<A>(static_cast<const Compute<T>*>(p.mean)[c]);
-    repeat(mean.get(), row);
+    const Gradient gradient(p);
+    const std::unique_ptr<A[]> shared(new A[kShared * row.width()]);
+    for (int64_t c = 0; c < p.C; ++c) set_shared(p, c, &shared[c], row.width());
+    for (int i = 0; i < kShared; ++i) repeat(&shared[i * row.width()], row);
     std::fill_n(sums, 2 * row.width(), 0.0);
-    const int64_t begin = tiling.block(tiling.chunk_begin(k)).plane_begin * p.C;
-    const auto products = [](auto mean, auto dy, auto x) { return math::products(dy, x, mean); };
-    RowSums<A, T>(sums, row.width())
-        .add(tiling.chunk_count(k) * p.C, products, mean.get(), static_cast<const T*>(p.grad_output) + begin,
-             static_cast<const T*>(p.input) + begin);
+    const auto f = [&](const auto* k, auto dy, auto x, const auto&... added) {
+      return products(gradient, k, dy, x, added...);
+    };
+    with_tensors<T, Gradient>(p, tiling.block(tiling.chunk_begin(k)).plane_begin * p.C, [&](auto... in) {
+      RowSums<A, T, kShared>(sums, row.width()).add(tiling.chunk_count(k) * p.C, f, shared.get(), in...);
+    });
     fold(sums, row);
   }
 
@@ -89,7 +182,7 @@ struct PairedProducts {
 
   static bool trusted(const BackwardParams& p, int64_t c, double sum, double count) {
     const float normalized = static_cast<const float*>(p.mean)[c] * static_cast<const float*>(p.invstd)[c];
-    return std::abs(normalized) <= 8 && Products<float, BFloat16>::trusted(p, c, sum, count);
+    return std::abs(normalized) <= 8 && Products<float, BFloat16, Plain>::trusted(p, c, sum, count);
   }
 };
 #endif
@@ -100,7 +193,7 @@ struct Sums {
   static Sum planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t c) {
     const Sum sum = Way::planar(p, tiling, k, c);
     if constexpr (sizeof...(Others) > 0) {
-      if (!Way::trusted(p, c, sum.dy_xmu, static_cast<double>(tiling.chunk_count(k))))
+      if (!Way::trusted(p, c, sum.dz_xmu, static_cast<double>(tiling.chunk_count(k))))
         return Sums<Others...>::planar(p, tiling, k, c);
     }
     return sum;
@@ -123,32 +216,39 @@ struct Sums {
   }
 };
 
-template <class T>
+template <class T, class Gradient>
 struct SumsOf {
-  using type = Sums<Products<float, T>, Products<double, T>>;
+  using type = Sums<Products<float, T, Gradient>, Products<double, T, AnyActivation<float>>>;
+};
+template <class T>
+struct SumsOf<T, Plain> {
+  using type = Sums<Products<float, T, Plain>, Products<double, T, Plain>>;
 };
 template <>
-struct SumsOf<double> {
-  using type = Sums<Products<double, double>>;
+struct SumsOf<double, Plain> {
+  using type = Sums<Products<double, double, Plain>>;
+};
+template <>
+struct SumsOf<double, AnyActivation<double>> {
+  using type = Sums<Products<double, double, AnyActivation<double>>>;
 };
 #ifdef BNEXT_BF16
 template <>
-struct SumsOf<BFloat16> {
-  using type = Sums<PairedProducts, Products<float, BFloat16>, Products<double, BFloat16>>;
+struct SumsOf<BFloat16, Plain> {
+  using type = Sums<PairedProducts, Products<float, BFloat16, Plain>, Products<double, BFloat16, Plain>>;
 };
 #endif
 
 // partials[k, 0, c] and partials[k, 1, c] = the two sums over chunk k.
-template <class T>
-void backward_reduce(const BackwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels,
-                     Range chunks) {
-  using Sums = typename SumsOf<T>::type;
+template <class Sums>
+void backward_reduce_by(const BackwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels,
+                        Range chunks) {
   if (p.layout == Layout::planar) {
     for (int64_t k = chunks.begin; k < chunks.end; ++k) {
       for (int64_t c = channels.begin; c < channels.end; ++c) {
         const Sum sum = Sums::planar(p, tiling, k, c);
-        scratch.partials[2 * k * p.C + c] = sum.dy;
-        scratch.partials[(2 * k + 1) * p.C + c] = sum.dy_xmu;
+        scratch.partials[2 * k * p.C + c] = sum.dz;
+        scratch.partials[(2 * k + 1) * p.C + c] = sum.dz_xmu;
       }
     }
     return;
@@ -162,41 +262,65 @@ void backward_reduce(const BackwardParams& p, const Tiling& tiling, const Scratc
 }
 
 template <class T>
+void backward_reduce(const BackwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels,
+                     Range chunks) {
+  with_gradient<T>(p, [&](auto gradient) {
+    backward_reduce_by<typename SumsOf<T, decltype(gradient)>::type>(p, tiling, scratch, channels, chunks);
+  });
+}
+
+template <class T>
 void backward_finish(const BackwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels) {
   using A = Compute<T>;
   const double count = static_cast<double>(p.count());
   for (int64_t c = channels.begin; c < channels.end; ++c) {
-    const double invstd = static_cast<const A*>(p.invstd)[c],
-                 weight = p.weight ? read<double>(p.weight, p.param_dtype, c) : 1;
-    double sum_dy = 0, sum_dy_xmu = 0;
+    const A invstd = static_cast<const A*>(p.invstd)[c];
+    double sum_dz = 0, sum_dz_xmu = 0;
     for (int64_t k = 0; p.reduces() && k < tiling.chunks; ++k) {
       const double* partial = scratch.partials + 2 * k * p.C + c;
-      sum_dy += partial[0];
-      sum_dy_xmu += partial[p.C];
+      sum_dz += partial[0];
+      sum_dz_xmu += partial[p.C];
     }
-    if (p.grad_bias) write(p.grad_bias, p.param_dtype, c, sum_dy);
-    if (p.grad_weight) write(p.grad_weight, p.param_dtype, c, math::grad_weight(sum_dy_xmu, invstd));
-    const A grad_mean = static_cast<A>(sum_dy / count);
-    const A projection = static_cast<A>(math::projection(sum_dy_xmu, invstd, count));
+    if (p.grad_bias) write(p.grad_bias, p.param_dtype, c, sum_dz);
+    if (p.grad_weight) write(p.grad_weight, p.param_dtype, c, math::grad_weight(sum_dz_xmu, invstd));
+    const A grad_mean = static_cast<A>(sum_dz / count);
+    const A projection = static_cast<A>(math::projection(sum_dz_xmu, invstd, count));
     put_factors<T, kBackwardFactors>(
-        p, scratch, c, {static_cast<const A*>(p.mean)[c], static_cast<A>(weight * invstd), grad_mean, projection});
+        p, scratch, c,
+        {static_cast<const A*>(p.mean)[c], scale_of(p, c, invstd), bias_of<A>(p, c), grad_mean, projection});
   }
 }
 
 template <class T>
 void backward_apply(const BackwardParams& p, const Scratch& scratch, Range channels, Range values) {
-  T* grad_input = static_cast<T*>(p.grad_input);
-  const T* grad_output = static_cast<const T*>(p.grad_output);
-  if (p.training) {
-    map<T, kBackwardFactors>(
-        p, scratch, channels, values,
-        [](const auto* k, auto dy, auto x) { return math::grad_input_train(dy, x, k[0], k[1], k[2], k[3]); },
-        grad_input, grad_output, static_cast<const T*>(p.input));
-  } else {
-    map<T, kBackwardFactors>(
-        p, scratch, channels, values, [](const auto* k, auto dy) { return math::grad_input_eval(dy, k[1]); },
-        grad_input, grad_output);
-  }
+  T *const grad_input = static_cast<T*>(p.grad_input), *const grad_residual = static_cast<T*>(p.grad_residual);
+  const auto pass = [&](auto f, auto out, auto... in) {
+    map<T, kBackwardFactors>(p, scratch, channels, values, f, out, in...);
+  };
+  with_gradient<T>(p, [&](auto gradient) {
+    using Gradient = decltype(gradient);
+    const auto train = [](const auto* k, auto dz, auto x) {
+      return math::grad_input_train(dz, x, k[0], k[1], k[3], k[4]);
+    };
+    with_tensors<T, Gradient>(p, 0, [&](const T* dy, const T* x, auto... residual) {
+      if constexpr (Gradient::kResidual) {
+        const Both<T> out{grad_input, grad_residual};
+        pass(
+            [=, training = p.training](const auto* k, auto dy, auto x, const auto& added) {
+              const auto dz = gradient.of(k, dy, x, added);
+              return Two<decltype(dy)>{training ? train(k, dz, x) : math::grad_input_eval(dz, k[1]), dz};
+            },
+            out, dy, x, residual...);
+      } else if (p.training) {
+        pass([=](const auto* k, auto dy, auto x) { return train(k, gradient.of(k, dy, x), x); }, grad_input, dy, x);
+      } else if constexpr (Gradient::kInput) {
+        pass([=](const auto* k, auto dy, auto x) { return math::grad_input_eval(gradient.of(k, dy, x), k[1]); },
+             grad_input, dy, x);
+      } else {
+        pass([](const auto* k, auto dy) { return math::grad_input_eval(dy, k[1]); }, grad_input, dy);
+      }
+    });
+  });
 }
 
 }  // namespace

@@ -34,6 +34,16 @@ void put(double* p, V v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// weight * invstd and bias of channel c, with the same bits in the forward and the backward.
+template <class Params, class A>
+A scale_of(const Params& p, int64_t c, A invstd) {
+  return p.weight ? static_cast<A>(read<double>(p.weight, p.param_dtype, c)) * invstd : invstd;
+}
+template <class A, class Params>
+A bias_of(const Params& p, int64_t c) {
+  return p.bias ? static_cast<A>(read<double>(p.bias, p.param_dtype, c)) : A(0);
+}
+
 // The runs of contiguous elements that channel c has in a block.
 inline Runs runs_of(const Problem& p, const Tiling::Block& block, int64_t c) {
   return {block.plane_end - block.plane_begin, block.size(), p.C * p.S,
@@ -73,12 +83,13 @@ void put_factors(const Problem& p, const Scratch& scratch, int64_t c, const Comp
 
 constexpr int64_t kAhead = 16384;  // bytes from what is read to what is asked for
 
-// out[i] = f(factors, in[i]...) for i in [0, size).
-template <int factor_count, class A, class F, class T, class... In>
-void map_one(const A* factors, int64_t size, F f, T* out, const In*... in) {
+// out[i] = f(factors, in[i]...) for i in [0, size); out and in are arrays of T or, as the rest below, places of
+// tensors.h.
+template <int factor_count, class A, class F, class Out, class... In>
+void map_one(const A* factors, int64_t size, F f, Out out, In... in) {
   constexpr int64_t kLanes = lanes<A>;
   if (size < kLanes) {
-    for (int64_t i = 0; i < size; ++i) out[i] = from_float<T>(f(factors, static_cast<A>(to_float(in[i]))...));
+    for (int64_t i = 0; i < size; ++i) store_one(out + i, f(factors, element<A>(in, i)...));
     return;
   }
   const auto write = [&](int64_t i) { store<false>(out + i, f(factors, load<A>(in + i)...)); };
@@ -89,8 +100,8 @@ void map_one(const A* factors, int64_t size, F f, T* out, const In*... in) {
 // The same for `runs` runs of `size` elements, one behind the other, each with factors of its own. Stores are of whole
 // vectors that lie within a line of the caches, runs or no runs; only whole lines are written past the caches, since to
 // mix both ways of writing within one is slow. `ahead` elements further on is what will be wanted soon, unless 0.
-template <bool streaming, int factor_count, class A, class F, class T, class... In>
-void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, T* out, const In*... in) {
+template <bool streaming, class T, int factor_count, class A, class F, class Out, class... In>
+void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, Out out, In... in) {
   constexpr int kLanes = lanes<A>, kParts = parts<A, T>;
   constexpr int64_t kCount = kParts * kLanes, kInLine = kLine / sizeof(T);
   using Lane = std::conditional_t<std::is_same_v<A, float>, std::int32_t, int64_t>;
@@ -103,13 +114,13 @@ void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, 
     }
   };
   if (size < kCount) return piecewise(0, runs * size);  // more than two runs to a vector
-  const int64_t head = std::min<int64_t>(runs * size, -reinterpret_cast<std::uintptr_t>(out) % kLine / sizeof(T));
+  const int64_t head = std::min<int64_t>(runs * size, -address(out) % kLine / sizeof(T));
   const int64_t done = head + (runs * size - head) / kInLine * kInLine;
   piecewise(0, head);
   Vec<A, kLanes> factor[kParts][factor_count];
   const auto write = [&](int64_t i) __attribute__((always_inline)) {
     if (ahead != 0) (prefetch<kCount>(in + i + ahead), ...);
-    Vec<A, kLanes> result[kParts];
+    decltype(f(factor[0], load_part<A, 0>(in)...)) result[kParts];
     unrolled<kParts>([&](auto v) { result[v] = f(factor[v], load_part<A, v>(in + i)...); });
     store_parts<streaming>(out + i, result);
   };
@@ -138,14 +149,14 @@ void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, 
 // The same for `rows` rows of `width` elements, side by side, so that factors are loaded once for all: column c is
 // channel c's. All loads come before the stores: rows that are a multiple of 4 KB apart would otherwise wait for one
 // another. Prefetchers lose their way between rows, so the next ones are asked for in order of memory.
-template <bool streaming, int factor_count, int rows, class A, class F, class T, class... In>
-void map_rows(const A* factors, int64_t width, F f, T* out, const In*... in) {
+template <bool streaming, class T, int factor_count, int rows, class A, class F, class Out, class... In>
+void map_rows(const A* factors, int64_t width, F f, Out out, In... in) {
   constexpr int kLanes = lanes<A>, kParts = parts<A, T>, kCount = kParts * kLanes;
   const int64_t next = std::max(rows * width, kAhead / static_cast<int64_t>(sizeof(T)));
   int64_t c = 0;
   for (; c + kCount <= width; c += kCount) {
     (prefetch<rows * kCount>(in + next + rows * c), ...);
-    Vec<A, kLanes> result[rows][kParts];
+    decltype(f(static_cast<const Vec<A, kLanes>*>(nullptr), load_part<A, 0>(in)...)) result[rows][kParts];
     unrolled<kParts>([&](auto v) {
       Vec<A, kLanes> factor[factor_count];
       unrolled<factor_count>(
@@ -162,9 +173,8 @@ void map_rows(const A* factors, int64_t width, F f, T* out, const In*... in) {
 }
 
 // out[i] = f(factors of i's channel, in[i]...) for a range of each channel's values, in order of memory.
-template <bool streaming, class T, int factor_count, class F, class... In>
-void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Range values, F f, T* out,
-                  const In*... in) {
+template <bool streaming, class T, int factor_count, class F, class Out, class... In>
+void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Range values, F f, Out out, In... in) {
   const auto* factors = static_cast<const Compute<T>*>(scratch.factors);
   if (p.layout == Layout::planar) {
     // The next group of channels is read while this one is written.
@@ -175,7 +185,7 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
       const int64_t together = size == p.S ? channels.end - channels.begin : 1;  // planes
       for (int64_t c = channels.begin; c < channels.end; c += together) {
         const int64_t i = (n * p.C + c) * p.S + s;
-        map_runs<streaming, factor_count>(factors + c * factor_count, together, size, ahead, f, out + i, in + i...);
+        map_runs<streaming, T, factor_count>(factors + c * factor_count, together, size, ahead, f, out + i, in + i...);
       }
       value += size;
     }
@@ -185,16 +195,16 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
   const int64_t width = Row(p.C).width(), end = values.end * p.C;
   int64_t i = values.begin * p.C;
   for (; i + kRows * width <= end; i += kRows * width)
-    map_rows<streaming, factor_count, kRows>(factors, width, f, out + i, in + i...);
-  for (; i + width <= end; i += width) map_rows<streaming, factor_count, 1>(factors, width, f, out + i, in + i...);
-  if (i < end) map_rows<streaming, factor_count, 1>(factors, end - i, f, out + i, in + i...);
+    map_rows<streaming, T, factor_count, kRows>(factors, width, f, out + i, in + i...);
+  for (; i + width <= end; i += width) map_rows<streaming, T, factor_count, 1>(factors, width, f, out + i, in + i...);
+  if (i < end) map_rows<streaming, T, factor_count, 1>(factors, end - i, f, out + i, in + i...);
 }
 
-template <class T, int factor_count, class F, class... In>
-void map(const Problem& p, const Scratch& scratch, Range channels, Range values, F f, T* out, const In*... in) {
+template <class T, int factor_count, class F, class Out, class... In>
+void map(const Problem& p, const Scratch& scratch, Range channels, Range values, F f, Out out, In... in) {
   // streams() wants rows of whole lines, which must begin as such.
-  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(out + values.begin * p.C);
-  if (scratch.streaming && (begin % kLine == 0 || p.layout == Layout::planar)) {
+  const std::uintptr_t begin = address(out + values.begin * p.C);
+  if (scratch.streaming && aligned_alike(out) && (begin % kLine == 0 || p.layout == Layout::planar)) {
     map_in_order<true, T, factor_count>(p, scratch, channels, values, f, out, in...);
     fence();
   } else {

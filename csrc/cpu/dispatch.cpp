@@ -63,7 +63,7 @@ void apply_all(const Params& p, const Scratch& scratch, const Steps<Params>& ste
 template <class Params>
 void run(const Params& p, bool reduces, bool applies, int tensors, const Steps<Params>& steps) {
   const Tiling tiling(p);
-  std::vector<double> partials(reduces ? 3 * tiling.chunks * p.C : 0), factors(4 * (Row(p.C).width() + 32));
+  std::vector<double> partials(reduces ? 3 * tiling.chunks * p.C : 0), factors(5 * (Row(p.C).width() + 32));
   const int64_t group = group_channels(p, reduces, applies, tensors, at::get_num_threads());
   const Scratch scratch{partials.data(), factors.data(), streams(p, group)};
   if (group) {
@@ -89,7 +89,7 @@ void forward(const ForwardParams& p) {
 }
 
 void backward(const BackwardParams& p) {
-  run(p, p.reduces(), p.grad_input != nullptr, 2, kernels(p.dtype).backward);
+  run(p, p.reduces(), p.applies(), p.residual ? 3 : 2, kernels(p.dtype).backward);
 }
 
 }  // namespace bnext::cpu

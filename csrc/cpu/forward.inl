@@ -2,7 +2,7 @@
 //
 // Statistics are shifted sums within a block, short ones in float32, combined by Chan's formula across blocks. With E =
 // N * C * S * itemsize: reduce reads E, apply reads E (from cache where the channels taken together are few enough) and
-// writes E.
+// writes E; with a residual it reads E more, and writes a bit an element.
 #pragma once
 
 #include "../running.h"
@@ -97,18 +97,41 @@ void forward_finish(const ForwardParams& p, const Tiling& tiling, const Scratch&
     const A saved_mean = static_cast<A>(mean), invstd = static_cast<A>(math::invstd(var, p.eps));
     static_cast<A*>(p.mean)[c] = saved_mean;
     static_cast<A*>(p.invstd)[c] = invstd;
-    const A scale = p.weight ? static_cast<A>(read<double>(p.weight, p.param_dtype, c)) * invstd : invstd;
-    const A bias = p.bias ? static_cast<A>(read<double>(p.bias, p.param_dtype, c)) : A(0);
-    put_factors<T, kForwardFactors>(p, scratch, c, {saved_mean, scale, bias});
+    put_factors<T, kForwardFactors>(p, scratch, c, {saved_mean, scale_of(p, c, invstd), bias_of<A>(p, c)});
   }
 }
 
-template <class T, class Epilogue>
+template <class T>
 void forward_apply(const ForwardParams& p, const Scratch& scratch, Range channels, Range values) {
-  map<T, kForwardFactors>(
-      p, scratch, channels, values,
-      [](const auto* k, auto x) { return Epilogue::forward(math::normalize(x, k[0], k[1], k[2])); },
-      static_cast<T*>(p.output), static_cast<const T*>(p.input));
+  T* const output = static_cast<T*>(p.output);
+  const T *const input = static_cast<const T*>(p.input), *const residual = static_cast<const T*>(p.residual);
+  const auto pass = [&](auto f, auto out, auto... in) {
+    map<T, kForwardFactors>(p, scratch, channels, values, f, out, input, in...);
+  };
+  // The residual and the mask may be null.
+  const auto pass_with_mask = [&](auto epilogue) {
+    const auto f = [epilogue, adds = residual != nullptr](const auto* k, auto x, const auto& added) {
+      auto z = math::normalize(x, k[0], k[1], k[2]);
+      if (adds) z = z + added.value;
+      return epilogue(z);
+    };
+    pass(f, Masked<T>{output, p.mask}, Residual<T>{residual, nullptr});
+  };
+  if (p.act == Act::identity && !residual)
+    return pass([](const auto* k, auto x) { return math::normalize(x, k[0], k[1], k[2]); }, output);
+  if constexpr (!std::is_same_v<T, double>) {
+    if (p.act == Act::identity)
+      return pass([](const auto* k, auto x, auto r) { return math::normalize(x, k[0], k[1], k[2]) + r; }, output,
+                  residual);
+    if (p.act == Act::relu && !residual)
+      return pass([](const auto* k, auto x) { return math::Relu::forward(math::normalize(x, k[0], k[1], k[2])); },
+                  output);
+    if (p.act == Act::relu)
+      return pass_with_mask([](auto z) { return Marked<decltype(z)>{math::Relu::forward(z), math::Relu::passes(z)}; });
+  }
+  const math::Activation<Compute<T>> activation{p.act, static_cast<Compute<T>>(p.slope)};
+  pass_with_mask([activation](auto z)
+                     [[gnu::noinline]] { return Marked<decltype(z)>{activation.forward(z), activation.passes(z)}; });
 }
 
 }  // namespace

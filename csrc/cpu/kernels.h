@@ -61,7 +61,7 @@ struct Range {
 // Scratch of one call.
 struct Scratch {
   double* partials;  // [chunks, at most 3, C]: what a reduction found in each chunk
-  void* factors;     // [4, Row(C).width()] of the compute type: what the elementwise pass needs of each column
+  void* factors;     // [5, Row(C).width()] of the compute type: what the elementwise pass needs of each column
   bool streaming;    // the elementwise pass writes past the caches
 };
 

@@ -9,7 +9,7 @@ namespace {
 
 template <class T>
 constexpr Kernels table = {
-    {forward_reduce<T>, forward_finish<T>, forward_apply<T, math::Identity>},
+    {forward_reduce<T>, forward_finish<T>, forward_apply<T>},
     {backward_reduce<T>, backward_finish<T>, backward_apply<T>},
 };
 

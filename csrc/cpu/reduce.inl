@@ -2,7 +2,7 @@
 // order that does not depend on the instruction set. A is float for float32 and narrower types, or double.
 #pragma once
 
-#include "vec.h"
+#include "tensors.h"
 
 namespace bnext::cpu::BNEXT_ISA {
 namespace {
@@ -49,7 +49,7 @@ class RunSums {
 
  public:
   template <class F, class... P>
-  void add(const Runs& runs, F f, const P*... p) {
+  void add(const Runs& runs, F f, P... p) {
     if (runs.size < kSlots) {
       for (int64_t n = 0; n < runs.count; ++n) add_one_by_one(runs.size, f, p + runs.begin + n * runs.stride...);
       return;
@@ -70,16 +70,16 @@ class RunSums {
 
  private:
   template <class F, class... P>
-  void add_one_by_one(int64_t size, F f, const P*... p) {
+  void add_one_by_one(int64_t size, F f, P... p) {
     for (int64_t i = 0; i < size; ++i) {
       double one[2] = {};
-      math::add(one, f(static_cast<double>(to_float(p[i]))...));
+      math::add(one, f(element<double>(p, i)...));
       for (int t = 0; t < 2; ++t) sums_[t][i] += one[t];
     }
   }
 
   template <class F, class... P>
-  static void add_run(Wide (&sum)[kPieces][2][kParts], int64_t size, int64_t ahead, F f, const P*... p) {
+  static void add_run(Wide (&sum)[kPieces][2][kParts], int64_t size, int64_t ahead, F f, P... p) {
     // Of `length` times kSlots elements from i on and, if there are any, of the run's last ones, fewer than kSlots.
     const auto step = [&](auto length, int64_t i, int64_t last) __attribute__((always_inline)) {
       (prefetch<length * kSlots>(p + i + ahead), ...);
@@ -98,7 +98,7 @@ class RunSums {
         if (last) {
           auto fresh = last_lanes<A>(last, piece * lanes<A>);
           Vec<A, lanes<A>> more[2] = {};
-          math::add(more, f(load<A>(p + size - kSlots + piece * lanes<A>)...));
+          math::add(more, f(load<A>(p + (size - kSlots + piece * lanes<A>))...));
 #pragma GCC unroll 2
           for (int t = 0; t < 2; ++t) some[t] += bit_cast<Vec<A, lanes<A>>>(bit_cast<decltype(fresh)>(more[t]) & fresh);
         }
@@ -141,10 +141,11 @@ class RunSums {
 };
 
 // Sums over rows of `width` elements, one for each column: those of term t go into sums[t * width + c]; the last row
-// may be short. f, which makes factors, also gets channel[c], a value that all rows share. Rows are taken in tiles that
+// may be short. f, which makes factors, also gets what all rows share, for column c channel[i * width + c], i of [0,
+// shared_count). Rows are taken in tiles that
 // the nearest caches hold, since columns of a tile are summed one after the other; the next tile is asked for in order
 // of memory meanwhile.
-template <class A, class T>
+template <class A, class T, int shared_count = 1>
 class RowSums {
   static constexpr int kMost = kShort<T>, kLanes = lanes<A>, kParts = lanes<A> / lanes<double>;
   static constexpr int kColumns = BNEXT_VECTOR_BYTES == 64 ? 4 : 2;  // vectors whose sums are in registers
@@ -154,8 +155,8 @@ class RowSums {
   RowSums(double* sums, int64_t width) : sums_(sums), width_(width) {}
 
   template <class F, class... P>
-  void add(int64_t elements, F f, const A* channel, const P*... p) const {
-    const int64_t rows = elements / width_, row_bytes = width_ * static_cast<int64_t>((sizeof(P) + ...));
+  void add(int64_t elements, F f, const A* channel, P... p) const {
+    const int64_t rows = elements / width_, row_bytes = width_ * static_cast<int64_t>(sizeof(T) * sizeof...(P));
     const int64_t tile = std::max<int64_t>(8 / kMost, kTileBytes / row_bytes / kMost) * kMost;
     int64_t row = 0;
     for (; row < rows; row += tile) add_tile(std::min(tile, rows - row), width_, true, f, channel, p + row * width_...);
@@ -165,7 +166,7 @@ class RowSums {
  private:
   // `size` columns of some rows.
   template <class F, class... P>
-  void add_tile(int64_t rows, int64_t size, bool ahead, F f, const A* channel, const P*... p) const {
+  void add_tile(int64_t rows, int64_t size, bool ahead, F f, const A* channel, P... p) const {
     int64_t c = 0, asked = rows * width_;  // elements from p, in order of memory
     ahead = ahead && size > kColumns * kLanes;
     for (; c + kColumns * kLanes <= size; c += kColumns * kLanes)
@@ -173,25 +174,28 @@ class RowSums {
             : add_columns<kColumns, false>(rows, c, asked, f, channel + c, p...);
     for (; c + kLanes <= size; c += kLanes) add_columns<1, false>(rows, c, asked, f, channel + c, p...);
     for (; c < size; ++c) {
+      A shared[shared_count];
+      for (int i = 0; i < shared_count; ++i) shared[i] = channel[i * width_ + c];
       for (int64_t row = 0, length; row < rows; row += length) {
         length = row + kMost <= rows ? kMost : 1;
         A some[2] = {};
-        for (int64_t r = row; r < row + length; ++r)
-          math::add(some, f(channel[c], static_cast<A>(to_float(p[r * width_ + c]))...));
+        for (int64_t r = row; r < row + length; ++r) math::add(some, f(shared, element<A>(p, r * width_ + c)...));
         for (int t = 0; t < 2; ++t) sums_[t * width_ + c] += static_cast<double>(some[t]);
       }
     }
   }
 
   template <int columns, bool ahead, class F, class... P>
-  void add_columns(int64_t rows, int64_t c, int64_t& asked, F f, const A* channel, const P*... p) const {
+  void add_columns(int64_t rows, int64_t c, int64_t& asked, F f, const A* channel, P... p) const {
     const int64_t width = width_;
     int64_t next = asked;
     Wide sum[columns][2][kParts];
     each<columns>(sum, c, [](Wide& value, double* at) { std::memcpy(&value, at, sizeof(value)); });
-    Vec<A, kLanes> shared[columns];
+    Vec<A, kLanes> shared[columns][shared_count];
 #pragma GCC unroll 4
-    for (int v = 0; v < columns; ++v) shared[v] = load<A>(channel + v * kLanes);
+    for (int v = 0; v < columns; ++v)
+#pragma GCC unroll 3
+      for (int i = 0; i < shared_count; ++i) shared[v][i] = load<A>(channel + i * width + v * kLanes);
     const auto step = [&](auto length, int64_t first) {
 #pragma GCC unroll 4
       for (int v = 0; v < columns; ++v) {

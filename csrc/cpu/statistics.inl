@@ -106,7 +106,7 @@ struct Shifted {
     const std::unique_ptr<double[]> sums(new double[2 * row.width()]());
     const std::unique_ptr<A[]> shift(new A[row.width()]());
     std::unique_ptr<double[]> moments(new double[4 * C]);
-    const auto shifted = [](auto shift, auto v) { return math::shifted(v, shift); };
+    const auto shifted = [](const auto* shift, auto v) { return math::shifted(v, shift[0]); };
     RowSums<A, T>(sums.get(), row.width()).add(head * C, shifted, shift.get(), x);
     fold(sums.get(), row);
     for (int64_t c = 0; c < C; ++c) {

@@ -273,5 +273,18 @@ struct MultiplyAdd<cpu::BNEXT_ISA::Vec<float, 16>> {
   static __m512 all(__m512 v) { return v; }
   static __m512 all(float value) { return _mm512_set1_ps(value); }
 };
+template <>
+struct MultiplyAdd<cpu::BNEXT_ISA::Vec<float, 8>> {
+  template <class V, class P, class Q>
+  static V of(V a, P b, Q c) {
+    for (int i = 0; i < 8; ++i) a[i] = std::fma(a[i], at(b, i), at(c, i));
+    return a;
+  }
+  template <class V>
+  static float at(const V& v, int i) {
+    return v[i];
+  }
+  static float at(float value, int) { return value; }
+};
 }  // namespace bnext::inline BNEXT_ISA::math
 #endif

@@ -19,6 +19,7 @@ bnext::cuda::Device bnext::cuda::current_device() {
 }
 
 TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
-  for (const char* op : {"batch_norm_train", "batch_norm_eval", "batch_norm_backward"})
+  for (const char* op : {"batch_norm_train", "batch_norm_eval", "batch_norm_backward", "batch_norm_act_train",
+                         "batch_norm_act_eval", "batch_norm_act_backward"})
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse>());
 }

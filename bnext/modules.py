@@ -209,7 +209,6 @@ class _ActForward(_Forward):
     """
 
     act = "relu"
-    __constants__ = (*_Forward.__constants__, "act")
     __jit_unused_properties__ = ("eps",)
 
     def __init__(self, *args: Any, act: Act = "relu", **keywords: Any) -> None:

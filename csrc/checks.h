@@ -141,8 +141,9 @@ inline void like_input(const char* name, const OptTensor& t, const Tensor& x, at
 }
 
 // The mask of a forward on x.
-inline void mask(const OptTensor& mask, const Tensor& x) {
+inline void mask(const OptTensor& mask, const Tensor& x, Act act) {
   if (!has(mask)) return;
+  TORCH_CHECK_VALUE(has_two_slopes(act), "expected no mask but for relu, relu6 and leaky_relu");
   memory("mask", mask);
   TORCH_CHECK(mask->scalar_type() == at::kByte && mask->device() == x.device() && mask->is_contiguous() &&
                   mask->numel() == (x.numel() + 7) / 8,

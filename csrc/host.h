@@ -266,10 +266,11 @@ FourTensors batch_norm_act_backward(const Tensor& grad_output, const Tensor& inp
                                     std::string_view act, double slope, std::array<bool, 4> output_mask) {
   check::input(input);
   check::like_input("residual", residual, input, output_format(input));
-  check::mask(mask, input);
+  const Act activation = check::activation(act);
+  check::mask(mask, input, activation);
   check::channels("bias", bias, input, check::param_dtype(input, {&weight, &bias}));
   return backward<Backend>(grad_output, input, weight, mean, invstd, training, output_mask,
-                           {bias, residual, mask, check::activation(act), slope});
+                           {bias, residual, mask, activation, slope});
 }
 
 // The ops of csrc/ops.cpp on one backend.

@@ -261,3 +261,32 @@ def test_what_was_saved_may_not_change():
             inputs[changed].mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("act", "mask", "message"),
+    [
+        ("silu", torch.zeros(45, dtype=torch.uint8), "expected no mask but for relu"),
+        ("relu", torch.zeros(44, dtype=torch.uint8), "expected mask to be contiguous, with 45 uint8"),
+        ("relu", torch.zeros(45), "expected mask to be contiguous, with 45 uint8"),
+    ],
+    ids=str,
+)
+def test_raw_backward_refuses(act, mask, message):
+    x, weight, bias = (t.detach() for t in leaves(False, torch.float32))
+    rest = (torch.zeros(5), torch.ones(5), None, mask, True, act, 0.0, [True] * 4)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        ops.batch_norm_act_backward(x, x, weight, bias, *rest)
+
+
+def test_a_relu_is_differentiated_by_its_residual_too():
+    """Of the ops: the same gradients without a mask."""
+    x, weight, bias, residual = (t.detach() for t in leaves(True, torch.float32))
+    y, mean, invstd, mask = ops.batch_norm_act_train(
+        x, weight, bias, None, None, None, 0.1, 1e-5, residual, "relu", 0.0, True
+    )
+    grads = [
+        ops.batch_norm_act_backward(y, x, weight, bias, mean, invstd, *kept, True, "relu", 0.0, [True] * 4)
+        for kept in ((None, mask), (residual, None))
+    ]
+    torch.testing.assert_close(*grads)

@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "common.inl"
+#include "gradients.inl"
 #ifdef BNEXT_BF16
 #include "pairs.inl"
 #endif
@@ -17,75 +18,6 @@ namespace bnext::cpu::BNEXT_ISA {
 namespace {
 
 constexpr int kBackwardFactors = 5;  // mean, scale, bias, grad_mean, projection
-
-// A way to find the gradient of z, the activation's argument, from that of the output: of(k, dy, x), k being mean,
-// scale and bias, of which the first kShared are needed; where it takes a residual, of(k, dy, x, added).
-
-// Without activation.
-struct Plain {
-  static constexpr int kShared = 1;
-  static constexpr bool kResidual = false, kInput = false;
-  explicit Plain(const BackwardParams&) {}
-  template <class K, class V>
-  V of(const K*, V dy, V) const {
-    return dy;
-  }
-};
-// z = normalize(x), with the bits that it had in the forward.
-struct ReluOfInput {
-  static constexpr int kShared = 3;
-  static constexpr bool kResidual = false, kInput = true;
-  explicit ReluOfInput(const BackwardParams&) {}
-  template <class K, class V>
-  V of(const K* k, V dy, V x) const {
-    return math::Relu::backward(dy, math::normalize(x, k[0], k[1], k[2]));
-  }
-};
-struct ReluOfMask {
-  static constexpr int kShared = 1;
-  static constexpr bool kResidual = true, kInput = false;
-  explicit ReluOfMask(const BackwardParams&) {}
-  template <class K, class V>
-  V of(const K*, V dy, V, const Added<V>& added) const {
-    return math::Relu::gate(dy, added.passes);
-  }
-};
-// Any activation: by the mask, or else z = normalize(x), + residual where there is one. Called, not inlined: it is
-// long.
-template <class C>
-struct AnyActivation {
-  static constexpr int kShared = 3;
-  static constexpr bool kResidual = true, kInput = true;
-  math::Activation<C> activation;
-  bool masked, adds;
-  explicit AnyActivation(const BackwardParams& p)
-      : activation{p.act, static_cast<C>(p.slope)}, masked(p.mask), adds(p.residual) {}
-  template <class K, class V>
-  [[gnu::noinline]] V of(const K* k, V dy, V x, const Added<V>& added) const {
-    if (masked) return activation.gate(dy, added.passes);
-    V z = math::normalize(x, k[0], k[1], k[2]);
-    if (adds) z = z + added.value;
-    return activation.backward(dy, z);
-  }
-};
-
-// f(the way that p needs), and f(grad_output, input, and what else it takes).
-template <class T, class F>
-void with_gradient(const BackwardParams& p, F f) {
-  if (p.act == Act::identity) return f(Plain(p));
-  if constexpr (!std::is_same_v<T, double>)
-    if (p.act == Act::relu) return p.mask ? f(ReluOfMask(p)) : f(ReluOfInput(p));
-  f(AnyActivation<Compute<T>>(p));
-}
-template <class T, class Gradient, class F>
-void with_tensors(const BackwardParams& p, int64_t begin, F f) {
-  const T *dy = static_cast<const T*>(p.grad_output) + begin, *x = static_cast<const T*>(p.input) + begin;
-  if constexpr (Gradient::kResidual) {
-    f(dy, x, Residual<T>{static_cast<const T*>(p.residual), p.mask} + begin);
-  } else {
-    f(dy, x);
-  }
-}
 
 // sum(dz) and sum(dz * (x - mean)).
 struct Sum {

@@ -119,7 +119,7 @@ void forward_apply(const ForwardParams& p, const Scratch& scratch, Range channel
   };
   if (p.act == Act::identity && !residual)
     return pass([](const auto* k, auto x) { return math::normalize(x, k[0], k[1], k[2]); }, output);
-  if constexpr (!std::is_same_v<T, double>) {
+  if constexpr (kSpecialized<T>) {
     if (p.act == Act::identity)
       return pass([](const auto* k, auto x, auto r) { return math::normalize(x, k[0], k[1], k[2]) + r; }, output,
                   residual);

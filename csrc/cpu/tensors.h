@@ -12,6 +12,11 @@ namespace bnext::cpu::BNEXT_ISA {
 template <class V>
 using Lanes = decltype(V{} < V{});
 
+// Whether identity and ReLU are compiled for T, or chosen at run time as the others: few train in the other dtypes
+// here.
+template <class T>
+inline constexpr bool kSpecialized = std::is_same_v<T, float> || std::is_same_v<T, BFloat16>;
+
 // `count` bits from bit i of mask on, the first of them the lowest.
 template <int count>
 inline std::uint32_t read_bits(const std::uint8_t* mask, std::int64_t i) {

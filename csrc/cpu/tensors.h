@@ -2,8 +2,6 @@
 // it, bit by bit, and results that are two. Each is a place that `+ i` moves by elements, as a pointer.
 #pragma once
 
-#include <atomic>
-
 #include "exp.h"
 
 namespace bnext::cpu::BNEXT_ISA {
@@ -31,9 +29,8 @@ inline std::uint32_t read_bits(const std::uint8_t* mask, std::int64_t i) {
 [[gnu::noinline]] inline void write_parts(std::uint8_t* byte, int shift, int count, std::uint32_t bits) {
   std::uint64_t set = static_cast<std::uint64_t>(bits) << shift, all = ((std::uint64_t{1} << count) - 1) << shift;
   for (; all; ++byte, set >>= 8, all >>= 8) {
-    const std::atomic_ref shared(*byte);
-    shared.fetch_and(static_cast<std::uint8_t>(~all), std::memory_order_relaxed);
-    shared.fetch_or(static_cast<std::uint8_t>(set), std::memory_order_relaxed);
+    __atomic_fetch_and(byte, static_cast<std::uint8_t>(~all), __ATOMIC_RELAXED);
+    __atomic_fetch_or(byte, static_cast<std::uint8_t>(set), __ATOMIC_RELAXED);
   }
 }
 template <int count>
@@ -73,7 +70,7 @@ inline Lanes<V> lanes_of(std::uint32_t bits) {
   if constexpr (std::is_same_v<Lanes<V>, bool>) {
     return bits;
   } else {
-    using Lane = std::remove_cvref_t<decltype(Lanes<V>{}[0])>;
+    using Lane = std::decay_t<decltype(Lanes<V>{}[0])>;
     Lanes<V> place;
     for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(Lane)); ++i)
       place[i] = static_cast<Lane>(1u << (first + i * step));

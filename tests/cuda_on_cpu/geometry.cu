@@ -4,9 +4,10 @@
 #include <cstdlib>
 #include <random>
 
+// clang-format off: tile.cuh first, which says what functions for the device are
 #include "tile.cuh"
-
 #include "planner.h"
+// clang-format on
 
 namespace bnext::cuda {
 namespace {

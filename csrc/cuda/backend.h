@@ -51,8 +51,12 @@ class Backend {
     const typename Runtime::Guard guard(input.device());
     Device device = Runtime::device(input.device());
     cudaError_t error = enqueue(p, input, Runtime::plan(r, device), launch);
-    if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {  // as under MPS
+    // As under MPS, where fewer multiprocessors may be had than there are.
+    if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize ||
+        error == cudaErrorNotSupported) {
+      Runtime::message(error);  // and forgets it, which torch would find at its next launch
       device.cooperative = false;
+      std::fill_n(device.clustered, kClusterSizes, 0);
       error = enqueue(p, input, Runtime::plan(r, device), launch);
     }
     TORCH_CHECK(error == cudaSuccess, explain(error, Runtime::message(error)));

@@ -10,7 +10,7 @@ __global__ void probe() {}
 
 // Blocks in clusters of that size that run at once, each with all the shared memory of a multiprocessor; 0 where there
 // are no such clusters.
-cudaError_t count_clustered(std::int64_t shared, unsigned size, std::int64_t& blocks) {
+std::int64_t count_clustered(std::int64_t shared, unsigned size) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {size, 1, 1};
@@ -21,10 +21,11 @@ cudaError_t count_clustered(std::int64_t shared, unsigned size, std::int64_t& bl
   config.attrs = &attribute;
   config.numAttrs = 1;
   int clusters = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, probe, &config);
-  if (error == cudaErrorInvalidClusterSize) cudaGetLastError();  // else the next launch of anyone would find it
-  blocks = clusters * static_cast<std::int64_t>(size);
-  return error == cudaErrorInvalidClusterSize ? cudaSuccess : error;
+  if (cudaOccupancyMaxActiveClusters(&clusters, probe, &config) != cudaSuccess) {
+    cudaGetLastError();  // else the next launch of anyone would find it
+    return 0;
+  }
+  return clusters * static_cast<std::int64_t>(size);
 }
 
 }  // namespace
@@ -45,6 +46,7 @@ cudaError_t query(Device& device) {
   device.l2 = attribute(cudaDevAttrL2CacheSize);
   // Kilohertz, two transfers a cycle, over so many bits.
   device.bandwidth = 2000 * attribute(cudaDevAttrMemoryClockRate) * attribute(cudaDevAttrGlobalMemoryBusWidth) / 8;
+  if (device.bandwidth == 0) device.bandwidth = 1000000000000;  // where it is not told
   device.cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
   if (attribute(cudaDevAttrClusterLaunch) == 0) return error;
   const auto with = [&](cudaFuncAttribute which, std::int64_t value) {
@@ -53,7 +55,7 @@ cudaError_t query(Device& device) {
   with(cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
   with(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   for (int i = 0; i < kClusterSizes && error == cudaSuccess; ++i)
-    error = count_clustered(device.shared_per_block, 2u << i, device.clustered[i]);
+    device.clustered[i] = count_clustered(device.shared_per_block, 2u << i);
   return error;
 }
 

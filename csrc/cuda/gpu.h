@@ -75,6 +75,10 @@ cudaError_t launch(void (*kernel)(P...), const Launch& l, A&&... args) {
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    // Two blocks are to fit, which share it with the first-level cache.
+    if (error == cudaSuccess)
+      error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (error != cudaSuccess) return error;
   }
   return cudaLaunchKernelEx(&config, kernel, P(std::forward<A>(args))...);

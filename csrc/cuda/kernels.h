@@ -10,8 +10,9 @@ namespace bnext::cuda {
 // Of the current device.
 cudaError_t query(Device& device);
 
-// Enqueues plan.launches kernels; scratch is device memory of plan.scratch bytes. cudaErrorCooperativeLaunchTooLarge:
-// fewer blocks than planned are resident at once; nothing was launched, and a plan without cooperation will do.
+// Enqueues plan.launches kernels; scratch is device memory of plan.scratch bytes. cudaErrorCooperativeLaunchTooLarge
+// or cudaErrorInvalidClusterSize: fewer blocks than planned are resident at once; nothing was launched, and a plan
+// without cooperation and clusters will do.
 cudaError_t forward(const ForwardParams& p, const Plan& plan, void* scratch, cudaStream_t stream);
 cudaError_t backward(const BackwardParams& p, const Plan& plan, void* scratch, cudaStream_t stream);
 

@@ -48,5 +48,6 @@ def reset(**gpu: Any) -> None:
     """The small GPU with these properties changed, no strategy forced, the plainest schedule."""
     assert module is not None
     module.set_gpu(GPU | gpu)
+    module.take_clusters(16)
     module.force("")
     module.configure("fwd", 0, True)

@@ -221,15 +221,18 @@ def test_a_grid_that_cannot_be_resident_falls_back():
 
 
 @by_layout
-def test_a_grid_that_cannot_hold_slabs_falls_back(layout):
+@pytest.mark.parametrize("strategy", ["cluster", "grid"])
+def test_blocks_that_cannot_be_together_fall_back(strategy, layout):
+    """As above; and where clusters are smaller than the device has said."""
     assert emulated.module is not None
     emulated.reset(**SIXTEEN)
-    emulated.module.force("grid")
+    emulated.module.force(strategy)
     x, arguments = values((16, 8, 16, 32), torch.float32, layout), channel_arguments(8, torch.float32)
     expected = train(x, arguments)
-    emulated.module.take_multiprocessors(1)
+    assert emulated.module.planned()["strategy"] == strategy
+    emulated.module.take_multiprocessors(1), emulated.module.take_clusters(1)
     found = train(x, arguments)
-    assert emulated.module.planned()["strategy"] != "grid"
+    assert emulated.module.planned()["strategy"] in ("streaming", "block")
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -116,6 +116,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("force", [](const std::string& strategy) { forced = strategy_named(strategy); });
   m.def("configure", &cuda_on_cpu::configure, arg("schedule"), arg("seed"), arg("check"));
   m.def("take_multiprocessors", [](unsigned left) { cuda_on_cpu::config().num_sms = left; });
+  m.def("take_clusters", [](unsigned left) { cuda_on_cpu::config().max_cluster = left; });
   m.def("launches", [] { return cuda_on_cpu::totals().launches; });
   m.def("traffic", &traffic, "Bytes and accesses of the last op, by buffer; in a checked build.");
   m.def("explain", [](int error) { return explain(static_cast<cudaError_t>(error), "the runtime's words"); });

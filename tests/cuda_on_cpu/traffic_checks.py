@@ -62,7 +62,10 @@ def test_traffic(op, strategy, times, layout, dtypes):
     x = values(shape, dtypes[0], layout)
     size = math.prod(shape) * {torch.float64: 8, torch.float32: 4}.get(dtypes[0], 2)
     found = traffic(op, x, dtypes[1])
-    assert emulated.module.planned()["strategy"] == (strategy or "streaming")
+    planned = emulated.module.planned()
+    assert planned["strategy"] == (strategy or "streaming")
+    assert planned["read"] == size * sum(reads for reads, _ in times.values())
+    assert planned["written"] == size * sum(writes for _, writes in times.values())
     for name, (reads, writes) in times.items():
         assert (found[name]["read"], found[name]["written"]) == (reads * size, writes * size), name
         assert found[name]["reads"] == [0, 0, 0, 0, reads * size // 16], name

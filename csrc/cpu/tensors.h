@@ -26,7 +26,7 @@ inline std::uint32_t read_bits(const std::uint8_t* mask, std::int64_t i) {
   return static_cast<std::uint32_t>(bits >> shift & ((std::uint64_t{1} << count) - 1));
 }
 // Of bytes that are not whole; the rest of them may be another thread's.
-[[gnu::noinline]] inline void write_parts(std::uint8_t* byte, int shift, int count, std::uint32_t bits) {
+[[gnu::noinline]] static void write_parts(std::uint8_t* byte, int shift, int count, std::uint32_t bits) {
   std::uint64_t set = static_cast<std::uint64_t>(bits) << shift, all = ((std::uint64_t{1} << count) - 1) << shift;
   for (; all; ++byte, set >>= 8, all >>= 8) {
     __atomic_fetch_and(byte, static_cast<std::uint8_t>(~all), __ATOMIC_RELAXED);
@@ -91,7 +91,9 @@ struct Residual {
   const std::uint8_t* mask;
   std::int64_t at = 0;  // bit of the mask
 
-  Residual operator+(std::int64_t i) const { return {values ? values + i : nullptr, mask, at + i}; }
+  [[gnu::always_inline]] Residual operator+(std::int64_t i) const {
+    return {values ? values + i : nullptr, mask, at + i};
+  }
 
   // V's elements at this place, by `read`; bit `first + i * step` is lane i's.
   template <class V, int count, int first, int step, class F>

@@ -237,10 +237,10 @@ inline V add(V a, V b) {
 }
 
 // sum[0] += the lower half of v, sum[1] += the upper one; all of v where it is of doubles already.
-inline void add_in_double(Vec<double, lanes<double>>* sum, Vec<double, lanes<double>> v) {
+[[gnu::always_inline]] inline void add_in_double(Vec<double, lanes<double>>* sum, Vec<double, lanes<double>> v) {
   sum[0] += v;
 }
-inline void add_in_double(Vec<double, lanes<double>>* sum, Vec<float, lanes<float>> v) {
+[[gnu::always_inline]] inline void add_in_double(Vec<double, lanes<double>>* sum, Vec<float, lanes<float>> v) {
   Vec<float, lanes<double>> lower, upper;
   halves(v, lower, upper);
   sum[0] = add(sum[0], convert<Vec<double, lanes<double>>>(lower));

@@ -42,6 +42,16 @@ class Backend {
   static void backward(const BackwardParams& p, const at::Tensor& input) { run(p, input, cuda::backward); }
 
  private:
+  // Whether the error says that the device cannot do what it has said it can, as under MPS; then it says so no more.
+  static bool take_back(Device& device, cudaError_t error) {
+    const Device before = device;
+    if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) device.cooperative = false;
+    if (error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported)
+      std::fill_n(device.clustered, kClusterSizes, 0);
+    return device.cooperative != before.cooperative ||
+           !std::equal(device.clustered, device.clustered + kClusterSizes, before.clustered);
+  }
+
   template <class Params, class Launch>
   static void run(const Params& p, const at::Tensor& input, Launch launch) {
     TORCH_CHECK_NOT_IMPLEMENTED(p.act == Act::identity && !p.residual,
@@ -50,14 +60,10 @@ class Backend {
     if (!r.reduces && !r.applies) return;
     const typename Runtime::Guard guard(input.device());
     Device device = Runtime::device(input.device());
-    cudaError_t error = enqueue(p, input, Runtime::plan(r, device), launch);
-    // As under MPS, where fewer multiprocessors may be had than there are.
-    if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize ||
-        error == cudaErrorNotSupported) {
+    cudaError_t error = cudaSuccess;
+    while ((error = enqueue(p, input, Runtime::plan(r, device), launch)) != cudaSuccess) {
+      if (!take_back(device, error)) break;
       Runtime::message(error);  // and forgets it, which torch would find at its next launch
-      device.cooperative = false;
-      std::fill_n(device.clustered, kClusterSizes, 0);
-      error = enqueue(p, input, Runtime::plan(r, device), launch);
     }
     TORCH_CHECK(error == cudaSuccess, explain(error, Runtime::message(error)));
   }

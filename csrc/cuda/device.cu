@@ -49,6 +49,10 @@ cudaError_t query(Device& device) {
   if (device.bandwidth == 0) device.bandwidth = 1000000000000;  // where it is not told
   device.cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
   if (attribute(cudaDevAttrClusterLaunch) == 0) return error;
+  // Code of an older architecture, compiled for this one as it was loaded, knows no clusters.
+  cudaFuncAttributes code = {};
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, probe);
+  if (code.ptxVersion < 90) return error;
   const auto with = [&](cudaFuncAttribute which, std::int64_t value) {
     if (error == cudaSuccess) error = cudaFuncSetAttribute(probe, which, static_cast<int>(value));
   };

@@ -61,13 +61,13 @@ class Group {
   __device__ __forceinline__ void wait() const {
     if (exchanges_ == 0) return cooperative_groups::this_grid().sync();
     __syncthreads();
-    if (threadIdx.x == 0) gpu::meet(arrived(), static_cast<unsigned>(exchanges_ * w_.splits));
+    if (threadIdx.x == 0) gpu::meet(arrived(), exchanges_ * static_cast<unsigned>(w_.splits));
     __syncthreads();
   }
 
   const Work& w_;
   const unsigned index_, rank_;
-  int exchanges_ = 0;
+  unsigned exchanges_ = 0;
 };
 
 }  // namespace bnext::cuda

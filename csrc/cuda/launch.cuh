@@ -15,6 +15,7 @@ __global__ void __launch_bounds__(kMaxThreads, promised_threads(Op::kKind) / kMa
 
 template <class Op>
 cudaError_t launch(const typename Op::Params& p, const Plan& plan, Work work, cudaStream_t stream) {
+  static_assert(sizeof(typename Op::Partial) == partial_bytes(Op::kKind.backward, Op::kKind.element));
   gpu::Launch l;
   l.grid = dim3(static_cast<unsigned>(plan.blocks));
   l.block = dim3(static_cast<unsigned>(plan.threads));

@@ -57,6 +57,11 @@ inline std::optional<Strategy> strategy_named(const std::string& text) {
   throw std::invalid_argument("expected the strategy to be streaming, block, cluster, grid or retained, got " + text);
 }
 
+// Bytes of one channel's partial result.
+constexpr std::int64_t partial_bytes(bool backward, std::int64_t element) {
+  return !backward && element == 8 ? 32 : 16;
+}
+
 // What is asked of the device.
 struct Request : Problem {
   bool backward;
@@ -67,6 +72,7 @@ struct Request : Problem {
   bool aligned;     // all tensors [N, C, S] start at a multiple of 16 bytes
 
   std::int64_t tensor() const { return N * C * S * itemsize(dtype); }  // bytes
+  std::int64_t partial() const { return partial_bytes(backward, itemsize(dtype)); }
   // Whether what is read for the statistics is wanted again.
   bool reads_twice() const { return training && reduces && applies; }
   int inputs() const { return !backward || (!reduces && !training) ? 1 : 2; }  // tensors [N, C, S] that are read
@@ -83,7 +89,7 @@ inline Request request(const ForwardParams& p) {
 }
 inline Request request(const BackwardParams& p) {
   const bool aligned = is_aligned({p.grad_output, p.input, p.grad_input});
-  return {p, true, p.training, p.reduces(), p.grad_input != nullptr, false, aligned};
+  return {p, true, p.training, p.reduces(), p.applies(), false, aligned};
 }
 
 struct Plan {
@@ -176,13 +182,12 @@ struct Workspace {
                                      // and for the next; what applying needs of each channel
 
   Workspace(const Request& r, const View& v, std::int64_t width, std::int64_t threads, bool cluster) {
-    const std::int64_t real = r.dtype == DType::float64 ? 8 : 4, partial = partial_bytes(r);
+    const std::int64_t real = r.dtype == DType::float64 ? 8 : 4, partial = r.partial();
     work = (v.planar ? threads / 32 : std::max(threads / 2, v.planes ? width : 0) * v.columns) * partial;
     sums = v.channels(width) * partial * (cluster ? 2 : 1);
     factors = v.channels(width) * 4 * real;
   }
   std::int64_t total() const { return work + sums + factors; }
-  static std::int64_t partial_bytes(const Request& r) { return !r.backward && r.dtype == DType::float64 ? 32 : 16; }
 };
 
 }  // namespace bnext::cuda

@@ -52,18 +52,12 @@ class Planner {
 
   // Statistics and results in one launch with a grid barrier, or in two; or one of both alone.
   Plan streaming() const {
-    Plan p = common(Strategy::streaming);
-    p.threads = kMaxThreads / 2;
-    p.slabs = ceil_div(v.packs, widest());
-    p.width = round_up(ceil_div(v.packs, p.slabs), v.period);
-    p.shared = Workspace(r, v, p.width, p.threads, false).total();
-    p.splits = streaming_splits(p);
-    p.blocks = std::min(p.slabs * p.splits, streaming_capacity(p));
-    p.cooperative = r.reduces && d.cooperative;
-    p.launches = r.reduces && !d.cooperative ? 2 : 1;
-    p.scratch = r.reduces ? p.splits * r.C * Workspace::partial_bytes(r) : 0;
-    if (r.reads_twice()) again(p, r.inputs() * r.tensor(), r.inputs() * r.tensor());
-    return p;
+    Plan best = streaming(widest());
+    for (std::int64_t width = narrower(best.width); width > 0; width = narrower(width)) {
+      const Plan p = streaming(width);
+      if (microseconds(p) < microseconds(best)) best = p;
+    }
+    return best;
   }
 
   // An estimate, from what goes through memory and the cache, how evenly the multiprocessors are busy, and what the
@@ -73,17 +67,36 @@ class Planner {
     const double uneven = static_cast<double>(rounds * p.blocks) / static_cast<double>(tasks);
     const double busy = static_cast<double>(std::min(p.blocks, d.multiprocessors)) /
                         (tuning::kSaturation * static_cast<double>(d.multiprocessors));
-    const double bytes =
-        static_cast<double>(p.read + p.written - p.cached) + tuning::kCachePrice * static_cast<double>(p.cached);
+    // Every task takes the partial results of all splits, a thread or a few for each channel one after the other.
+    const std::int64_t channels = v.channels(p.width), taken = r.reduces && p.splits > 1 ? p.splits : 0;
+    const std::int64_t in_turn = ceil_div(taken, std::max<std::int64_t>(1, p.threads / channels));
+    const double bytes = static_cast<double>(p.read + p.written - p.cached) +
+                         tuning::kCachePrice * static_cast<double>(p.cached + tasks * taken * channels * r.partial());
     const double pause = p.strategy == Strategy::block     ? tuning::kBlockPause
                          : p.strategy == Strategy::cluster ? tuning::kClusterPause
                                                            : tuning::kGridPause;
     const bool streams = p.strategy == Strategy::streaming, hides = p.threads < kMaxThreads && p.blocks > p.splits;
     const double pauses = streams ? (r.reduces ? 1.0 : 0.0) : static_cast<double>(rounds) * (hides ? 0.5 : 1.0);
-    return bytes * 1e6 / (static_cast<double>(d.bandwidth) * std::min(1.0, busy)) * uneven + pause * pauses;
+    return bytes * 1e6 / (static_cast<double>(d.bandwidth) * std::min(1.0, busy)) * uneven + pause * pauses +
+           tuning::kGather * static_cast<double>(rounds * in_turn);
   }
 
  private:
+  Plan streaming(std::int64_t most) const {
+    Plan p = common(Strategy::streaming);
+    p.threads = kMaxThreads / 2;
+    p.slabs = ceil_div(v.packs, most);
+    p.width = round_up(ceil_div(v.packs, p.slabs), v.period);
+    p.shared = Workspace(r, v, p.width, p.threads, false).total();
+    p.splits = streaming_splits(p);
+    p.blocks = std::min(p.slabs * p.splits, streaming_capacity(p));
+    p.cooperative = r.reduces && d.cooperative;
+    p.launches = r.reduces && !d.cooperative ? 2 : 1;
+    p.scratch = r.reduces ? p.splits * r.C * r.partial() : 0;
+    if (r.reads_twice()) again(p, r.inputs() * r.tensor(), r.inputs() * r.tensor());
+    return p;
+  }
+
   // What all plans have in common.
   Plan common(Strategy strategy) const {
     Plan p{};
@@ -131,6 +144,7 @@ class Planner {
     Plan p = common(strategy);
     p.width = width;
     p.threads = kMaxThreads / blocks;
+    if (!cluster && splits > 0) splits = used(splits);
     p.splits = splits;
     p.slabs = ceil_div(v.packs, width);
     const std::int64_t groups = splits > 0 ? std::min(p.slabs, multiprocessors * blocks / splits) : 0;
@@ -139,7 +153,7 @@ class Planner {
     p.cluster = cluster ? splits : 1;
     p.cooperative = r.cumulative || !(cluster || strategy == Strategy::block);
     if (p.cooperative && splits > 1)
-      p.scratch = splits * r.C * Workspace::partial_bytes(r) + groups * static_cast<std::int64_t>(sizeof(int));
+      p.scratch = splits * r.C * r.partial() + groups * static_cast<std::int64_t>(sizeof(int));
 
     const std::int64_t step = v.step(width, p.threads), chunk = ceil_div(v.length(), splits);
     if (chunk * width >= kMaxTask || (splits > 1 && chunk < step)) return std::nullopt;
@@ -196,8 +210,10 @@ class Planner {
       const std::int64_t s = std::clamp(waves * blocks / p.slabs, least, most);
       if (time(s) < 0.95 * time(best)) best = s;
     }
-    return best;
+    return used(best);
   }
+  // Of so many splits of equal length, those that have any.
+  std::int64_t used(std::int64_t splits) const { return ceil_div(v.length(), ceil_div(v.length(), splits)); }
 
   const Request r;
   const Device d;

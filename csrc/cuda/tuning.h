@@ -17,6 +17,10 @@ constexpr double kClusterPause = 1.6;
 // With a barrier through global memory: not measured; two round trips of 0.7 us to the second-level cache.
 constexpr double kGridPause = 3.0;
 
+// Microseconds in which a thread takes one more partial result: not measured; a load from the second-level cache that
+// is on its way already, and Chan's formula with its division.
+constexpr double kGather = 0.06;
+
 // A device with this share of its multiprocessors busy already uses all of its memory's bandwidth: not measured.
 constexpr double kSaturation = 0.6;
 

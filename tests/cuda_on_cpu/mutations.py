@@ -141,8 +141,8 @@ csrc/cuda/group.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_b
 
 group-counted-short: the last block of a group is not waited for
 csrc/cuda/group.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
-- static_cast<unsigned>(exchanges_ * w_.splits)
-+ static_cast<unsigned>(exchanges_ * w_.splits - 1)
+- exchanges_ * static_cast<unsigned>(w_.splits)
++ exchanges_ * static_cast<unsigned>(w_.splits) - 1
 
 groups-counter-of-nothing: the counter that a group meets at has no value at first
 csrc/cuda/group.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs

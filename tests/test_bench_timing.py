@@ -156,8 +156,8 @@ def test_plan_on_a_gpu(monkeypatch):
 
     assert predicted("fwd", 256, 1024, 14, 14) == ("cluster 264x256/4", 2)
     assert predicted("eval", 256, 256, 56, 56, layout="nhwc") == ("streaming 264x256", 2)
-    assert predicted("bwd", 256, 256, 56, 56, layout="nhwc") == ("retained 264x256", 3.88)
-    assert predicted("fwd_bwd", 256, 256, 56, 56, layout="nhwc") == ("retained 264x256; retained 264x256", 5.88)
+    assert predicted("bwd", 256, 256, 56, 56, layout="nhwc") == ("retained 132x512", 3.88)
+    assert predicted("fwd_bwd", 256, 256, 56, 56, layout="nhwc") == ("retained 132x512; retained 132x512", 5.88)
     monkeypatch.setattr(_C, "gpu", lambda: GPUS["a100"])
     assert predicted("fwd", 256, 64, 112, 112, layout="nhwc")[1] > 2.8
 

@@ -15,6 +15,7 @@
 #include <string>
 
 #include "../params.h"
+#include "tuning.h"
 
 namespace bnext::cuda {
 
@@ -141,12 +142,12 @@ inline std::int64_t round_up(std::int64_t a, std::int64_t b) {
 // (channels_last), or images (planes).
 struct View {
   bool planar, whole, planes;
-  std::int64_t pack;         // elements of a pack
-  std::int64_t columns;      // of its channels those with sums of their own in a thread
-  std::int64_t rows, packs;  // rows of a slab; packs of a row that have slabs of their own
-  std::int64_t row;          // elements from one row to the next, of a matrix that is not planar
-  std::int64_t row_slots;    // planar: packs that a row touches
-  std::int64_t period;       // packs after which channels begin at the start of a pack again
+  std::int64_t pack, pack_bytes;  // elements of a pack, and its bytes
+  std::int64_t columns;           // of its channels those with sums of their own in a thread
+  std::int64_t rows, packs;       // rows of a slab; packs of a row that have slabs of their own
+  std::int64_t row;               // elements from one row to the next, of a matrix that is not planar
+  std::int64_t row_slots;         // planar: packs that a row touches
+  std::int64_t period;            // packs after which channels begin at the start of a pack again
   std::int64_t S;
 
   explicit View(const Request& r) : S(r.S) {
@@ -154,12 +155,13 @@ struct View {
     const bool by_channel = r.layout == Layout::planar;
     const auto divides = [&](std::int64_t row) { return r.aligned && row % full == 0; };
     period = by_channel ? std::lcm(r.S, full) / full : 1;
-    // Runs of 512 bytes are long enough to be read one by one.
-    const bool small = !divides(r.S) || r.S * itemsize(r.dtype) < 512;
+    // Runs as long as a slab's are read one by one.
+    const bool small = !divides(r.S) || r.S * itemsize(r.dtype) < tuning::kWidest;
     planes = by_channel && small && divides(r.C * r.S) && period <= kMaxThreads / 2 && r.C > 1;
     planar = by_channel && !planes;
     whole = planes || divides(planar ? r.S : r.C);
     pack = whole || planar ? full : 1;
+    pack_bytes = pack * itemsize(r.dtype);
     columns = planar ? 1 : pack;
     rows = planes || planar ? r.N : r.N * r.S;
     row = planes ? r.C * r.S : r.C;
@@ -167,7 +169,6 @@ struct View {
     row_slots = !planar ? 0 : whole ? r.S / pack : (r.S + 2 * pack - 2) / pack;
     if (planar) period = 1;
   }
-  std::int64_t pack_bytes(std::int64_t itemsize) const { return pack * itemsize; }
   // Channels of a slab.
   std::int64_t channels(std::int64_t width) const { return planar ? 1 : planes ? width * pack / S : width * pack; }
   // What a slab's splits divide: slots (planar) or rows.

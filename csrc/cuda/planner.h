@@ -6,7 +6,6 @@
 #include <optional>
 
 #include "plan.h"
-#include "tuning.h"
 
 namespace bnext::cuda {
 
@@ -122,18 +121,20 @@ class Planner {
   // Packs of a slab: contiguous bytes about as many as tuning.h says.
   std::int64_t widest() const {
     if (v.planar) return 1;
-    const std::int64_t most =
-        std::clamp<std::int64_t>(tuning::kWidest / v.pack_bytes(itemsize(r.dtype)), 1, kMaxThreads / 4);
+    const std::int64_t most = std::clamp<std::int64_t>(tuning::kWidest / v.pack_bytes, 1, kMaxThreads / 4);
     return std::min(round_up(v.packs, v.period), std::max<std::int64_t>(1, most / v.period) * v.period);
   }
   // The next width to try, or 0.
   std::int64_t narrower(std::int64_t width) const {
     const std::int64_t next = width / 2 / v.period * v.period;
-    return next * v.pack_bytes(itemsize(r.dtype)) >= tuning::kNarrowest ? next : 0;
+    return next * v.pack_bytes >= tuning::kNarrowest ? next : 0;
   }
 
-  std::int64_t shared_limit(std::int64_t blocks) const {
-    return std::min(d.shared_per_block, d.shared_per_multiprocessor / blocks - kSystemShared);
+  // Bytes of one of what splits divide, in all tensors; and how many a block has room for besides its working memory.
+  std::int64_t unit(std::int64_t width) const { return r.inputs() * width * v.pack_bytes; }
+  std::int64_t room(std::int64_t width, std::int64_t blocks, std::int64_t working) const {
+    const std::int64_t limit = std::min(d.shared_per_block, d.shared_per_multiprocessor / blocks - kSystemShared);
+    return (limit - working) / unit(width);
   }
 
   // A plan that keeps slabs in shared memory, with so many blocks on each multiprocessor that can be had; nothing, if a
@@ -157,9 +158,8 @@ class Planner {
 
     const std::int64_t step = v.step(width, p.threads), chunk = ceil_div(v.length(), splits);
     if (chunk * width >= kMaxTask || (splits > 1 && chunk < step)) return std::nullopt;
-    const std::int64_t bytes = r.inputs() * width * v.pack_bytes(itemsize(r.dtype));  // of a step's one
-    const std::int64_t working = Workspace(r, v, width, p.threads, cluster).total();
-    const std::int64_t room = (shared_limit(blocks) - working) / bytes;
+    const std::int64_t working = Workspace(r, v, width, p.threads, cluster).total(),
+                       room = this->room(width, blocks, working);
     if (retained == (chunk <= room)) return std::nullopt;
     p.held = ceil_div(chunk, step);
     if (retained) {
@@ -171,15 +171,14 @@ class Planner {
       const std::int64_t missing = rest * (r.inputs() * r.tensor() / v.length());
       again(p, missing, missing / p.slabs);
     }
-    p.shared = round_up(std::min(chunk, p.held * step) * bytes, kPackBytes) + working;
+    p.shared = round_up(std::min(chunk, p.held * step) * unit(width), kPackBytes) + working;
     return p;
   }
 
   // The splits with which the device is full of groups of blocks that hold a slab each; 0 if it cannot hold one.
   std::int64_t grid_splits(std::int64_t width, std::int64_t blocks) const {
     const std::int64_t threads = kMaxThreads / blocks, capacity = d.multiprocessors * blocks;
-    const std::int64_t bytes = r.inputs() * width * v.pack_bytes(itemsize(r.dtype));
-    const std::int64_t room = (shared_limit(blocks) - Workspace(r, v, width, threads, false).total()) / bytes;
+    const std::int64_t room = this->room(width, blocks, Workspace(r, v, width, threads, false).total());
     if (room <= 0) return 0;
     const std::int64_t least = ceil_div(v.length(), room), slabs = ceil_div(v.packs, width);
     if (least > capacity) return 0;

@@ -87,11 +87,29 @@ def cuda() -> tuple[Path | None, str]:
     return home, ""
 
 
+def arch_flags() -> list[str]:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, with one PTX for all architectures for which the source is the same.
+
+    That is what compiling takes longest for: the source looks at whether there are conversions of pairs (8.0) and
+    clusters (9.0), and at nothing else. Architectures with a letter are left as they are.
+    """
+    least: dict[tuple[bool, bool], str] = {}
+
+    def shared(found: re.Match[str]) -> str:
+        number = int(found[1])
+        virtual = least.setdefault((number >= 80, number >= 90), found[1])
+        code = f"compute_{virtual}" if found[2].startswith("compute") else found[2]
+        return f"arch=compute_{virtual},code={code}"
+
+    flags = sorted(cpp_extension._get_cuda_arch_flags(), key=lambda flag: int(re.search(r"\d+", flag)[0]))
+    return [re.sub(r"arch=compute_(\d+),code=(\w+)", shared, flag) for flag in flags]
+
+
 def cuda_facts(home: Path) -> dict[str, object]:
     """nvcc's version, and the architectures of the kernels, as torch.cuda.get_arch_list names them."""
     version = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
     named = re.search(r"V([\d.]+)", version)
-    archs = [flag.rpartition("=")[2] for flag in cpp_extension._get_cuda_arch_flags()]
+    archs = [flag.rpartition("=")[2] for flag in arch_flags()]
     return {
         "nvcc": named[1] if named else "unknown",
         "cuda_archs": sorted(archs, key=lambda a: (a[0] == "c", len(a), a)),
@@ -108,6 +126,7 @@ if sys.platform == "linux":
 flags += os.environ.get("BNEXT_CXXFLAGS", "").split()  # last: they win
 
 sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
+nvcc_flags: list[str] = []
 links: dict[str, list[str]] = {}
 home, no_cuda = cuda()
 facts: dict[str, object] = {"torch": torch.__version__, "no_cuda": no_cuda, "nvcc": "", "cuda_archs": []}
@@ -117,6 +136,7 @@ if home:
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHS
     facts |= cuda_facts(home)
+    nvcc_flags = ["-O3", "-fmad=false", "-Xcompiler", "-fvisibility=hidden", *arch_flags()]
     # The CUDA runtime is linked in, so that the extension loads whatever CUDA torch has, or has not.
     links = {
         "include_dirs": [str(home / "include")],
@@ -132,10 +152,7 @@ setup(
             "bnext._C",
             sorted(sources),
             define_macros=[("BNEXT_TORCH", torch.__version__)],  # read by nothing: with another torch, all is compiled
-            extra_compile_args={
-                "cxx": flags,
-                "nvcc": ["-O3", "-fmad=false", "-Xcompiler", "-fvisibility=hidden"],
-            },
+            extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
             **links,
         )
     ],

@@ -117,8 +117,11 @@ FourTensors forward(const Tensor& input, const OptTensor& weight, const OptTenso
                     const OptTensor& running_var, const OptTensor& counter, std::optional<double> momentum, double eps,
                     bool training, const OptTensor& skipped, const After& after) {
   Tensor mask;
-  if (after.keep_mask && has(after.residual) && has_two_slopes(after.act))
-    mask = at::empty({(input.numel() + 7) / 8}, input.options().dtype(at::kByte));
+  if (after.keep_mask && has(after.residual) && has_two_slopes(after.act)) {
+    // Memory for whole words, by which GPUs put bits into it.
+    mask = at::empty({(input.numel() + 31) / 32 * 4}, input.options().dtype(at::kByte));
+    mask.resize_({(input.numel() + 7) / 8});
+  }
   if (input.numel() == 0) {
     if (training && has(counter)) counter->add_(1);
     const auto zeros = [&] { return at::zeros({check::channel_count(input)}, stats_options(input)); };

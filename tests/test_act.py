@@ -22,7 +22,6 @@ from bnext import activation, ops, reference
 
 pytestmark = [
     pytest.mark.bnext("batch_norm_act is bnext's own"),
-    pytest.mark.only("cpu", "there are no CUDA kernels of it"),
 ]
 
 ACTS = ["identity", "relu", "relu6", ("leaky_relu", 0.1), "silu", "hardswish"]

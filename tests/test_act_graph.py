@@ -17,7 +17,6 @@ from bnext import activation, ops
 
 pytestmark = [
     pytest.mark.bnext("batch_norm_act is bnext's own"),
-    pytest.mark.only("cpu", "there are no CUDA kernels of it"),
     pytest.mark.usefixtures("one_thread"),
 ]
 

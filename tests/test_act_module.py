@@ -16,7 +16,6 @@ from bnext import activation, reference
 
 pytestmark = [
     pytest.mark.bnext("BatchNormAct is bnext's own"),
-    pytest.mark.only("cpu", "there are no CUDA kernels of it"),
     pytest.mark.usefixtures("one_thread"),
 ]
 

@@ -16,7 +16,6 @@ from bnext import rewrite
 
 pytestmark = [
     pytest.mark.bnext("bnext.fuse_batchnorm_act"),
-    pytest.mark.only("cpu", "there are no CUDA kernels of it"),
     pytest.mark.usefixtures("one_thread"),
 ]
 

@@ -13,7 +13,6 @@ import bnext
 
 pytestmark = [
     pytest.mark.bnext("bnext.fuse_batchnorm_act"),
-    pytest.mark.only("cpu", "there are no CUDA kernels of it"),
     pytest.mark.usefixtures("one_thread"),
 ]
 

@@ -5,12 +5,12 @@
 namespace bnext::cuda {
 
 cudaError_t backward(const BackwardParams& p, const Plan& plan, void* scratch, cudaStream_t stream) {
-  const Work work(request(p), plan, scratch);
+  const Request r = request(p);
+  const Work work(r, plan, scratch);
   return with_type(p.dtype, [&](auto t) {
-    return with_tile<decltype(t)>(p.layout, plan, [&](auto tile, auto resident) {
+    return with_tile<decltype(t), true>(p.layout, r.after(plan.whole), plan, [&](auto tile, auto resident, auto after) {
       using Tile = typename decltype(tile)::type;
-      constexpr bool kResident = decltype(resident)::value;
-      return launch<Backward<Tile, kResident>>(p, plan, work, stream);
+      return launch<Backward<Tile, decltype(resident)::value, decltype(after)::value>>(p, plan, work, stream);
     });
   });
 }

@@ -102,6 +102,32 @@ __device__ __forceinline__ void run(const Op& op, const Work& w) {
   }
 }
 
+// f(the activation that follows), chosen once for all that f does; A is the type that elements are normalised in.
+template <After after, class A, class Params, class F>
+__device__ __forceinline__ void with_activation(const Params& p, F f) {
+  const auto any = [&](Act act) { f(math::Activation<A>{act, static_cast<A>(p.slope)}); };
+  if constexpr (after == After::nothing) {
+    f(math::Identity{});
+  } else if constexpr (after != After::any) {
+    f(math::Relu{});
+  } else {
+    switch (p.act) {
+      case Act::relu:
+        return any(Act::relu);
+      case Act::relu6:
+        return any(Act::relu6);
+      case Act::leaky_relu:
+        return any(Act::leaky_relu);
+      case Act::silu:
+        return any(Act::silu);
+      case Act::hardswish:
+        return any(Act::hardswish);
+      default:
+        return any(Act::identity);
+    }
+  }
+}
+
 // f(slots, k) for this thread's slots, `unroll` at a time: slots[u] is slot k + u, or empty. In order; or for those
 // from `begin` on, the last ones first.
 template <int unroll, class Tile, class F>

@@ -5,13 +5,14 @@
 namespace bnext::cuda {
 
 cudaError_t forward(const ForwardParams& p, const Plan& plan, void* scratch, cudaStream_t stream) {
-  const Work work(request(p), plan, scratch);
+  const Request r = request(p);
+  const Work work(r, plan, scratch);
   return with_type(p.dtype, [&](auto t) {
-    return with_tile<decltype(t)>(p.layout, plan, [&](auto tile, auto resident) {
-      using Tile = typename decltype(tile)::type;
-      constexpr bool kResident = decltype(resident)::value;
-      return launch<Forward<Tile, kResident, math::Identity>>(p, plan, work, stream);
-    });
+    return with_tile<decltype(t), false>(
+        p.layout, r.after(plan.whole), plan, [&](auto tile, auto resident, auto after) {
+          using Tile = typename decltype(tile)::type;
+          return launch<Forward<Tile, decltype(resident)::value, decltype(after)::value>>(p, plan, work, stream);
+        });
   });
 }
 

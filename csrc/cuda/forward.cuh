@@ -2,7 +2,8 @@
 //
 // Statistics: Welford's update for kUnroll packs at a time in each thread, then Chan's formula over warp, block and
 // splits, in that order, in the compute type. With E = N * C * S * itemsize, kernels load 2E and store E (streaming),
-// or E and E (resident, and evaluation; retained: and what is not kept once more).
+// or E and E (resident, and evaluation; retained: and what is not kept once more). A residual and an activation that
+// follow (After) load E more, and store a bit an element.
 #pragma once
 
 #include "driver.cuh"
@@ -20,7 +21,7 @@ struct BatchPart {
   }
 };
 
-template <class Tile_, bool kResident_, class Epilogue>
+template <class Tile_, bool kResident_, After kAfter>
 struct Forward {
   using Params = ForwardParams;
   using Tile = Tile_;
@@ -29,8 +30,10 @@ struct Forward {
   using Partial = BatchPart<A>;
   static constexpr bool kResident = kResident_;
   static constexpr int kPack = Tile::kPack, kColumns = Tile::kColumns;
-  static constexpr Kind kKind{kResident, false, Tile::kPlanar, Tile::kWhole, sizeof(T)};
+  static constexpr Kind kKind{kResident, false, Tile::kPlanar, Tile::kWhole, sizeof(T), kAfter};
   static constexpr int kUnroll = unroll(kKind);
+  // Whether there may be a residual, and a mask.
+  static constexpr bool kAdds = kAfter != After::nothing;
   enum Factor { kMean, kScale, kBias };
 
   const Params& p;
@@ -125,27 +128,36 @@ struct Forward {
   // Slots [begin, end), which are all kept, or none.
   template <bool kKept>
   __device__ __forceinline__ void apply(const Tile& tile, const A (&factor)[3][kColumns], int begin, int end) const {
-    for_slots_backward<kUnroll>(tile, begin, end, [&](const Slot(&slots)[kUnroll], int k) {
-      Pack<T, kPack> x[kUnroll];
+    constexpr int kAtOnce = kAdds && kUnroll > 2 ? 2 : kUnroll;  // as many as registers allow
+    for_slots_backward<kAtOnce>(tile, begin, end, [&](const Slot(&slots)[kAtOnce], int k) {
+      Pack<T, kPack> x[kAtOnce], residual[kAtOnce];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if constexpr (kKept) {
-          if (slots[u].size()) x[u] = memory.cache[tile.cached(k + u)];
-        } else {
-          x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
-        }
+      for (int u = 0; u < kAtOnce; ++u) {
+        if constexpr (kAdds)
+          residual[u] = load<Tile>(w, static_cast<const T*>(p.residual), p.residual ? slots[u] : Slot{0, 0, 0});
+        if constexpr (!kKept) x[u] = load<Tile>(w, static_cast<const T*>(p.input), slots[u]);
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        A y[kPack];
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (kKept && slots[u].size()) x[u] = memory.cache[tile.cached(k + u)];
+        A z[kPack];
 #pragma unroll
         for (int j = 0; j < kPack; ++j) {
           const int c = j % kColumns;
-          const A value =
-              math::normalize(widen(x[u].element[j]), factor[kMean][c], factor[kScale][c], factor[kBias][c]);
-          y[j] = Epilogue::forward(value);
+          z[j] = math::normalize(widen(x[u].element[j]), factor[kMean][c], factor[kScale][c], factor[kBias][c]);
+          if (kAdds && p.residual) z[j] += widen(residual[u].element[j]);
         }
-        store<Tile>(w, static_cast<T*>(p.output), slots[u], narrow<T>(y));
+        unsigned passes = 0;
+        with_activation<kAfter, A>(p, [&](auto activation) {
+#pragma unroll
+          for (int j = 0; j < kPack; ++j) {
+            if constexpr (kAdds)
+              if (p.mask) passes |= static_cast<unsigned>(activation.passes(z[j])) << j;
+            z[j] = activation.forward(z[j]);
+          }
+        });
+        if (kAdds && p.mask) store_bits<Tile>(p.mask, slots[u], passes);
+        store<Tile>(w, static_cast<T*>(p.output), slots[u], narrow<T>(z));
       }
     });
   }

@@ -31,11 +31,25 @@ cudaError_t launch(const typename Op::Params& p, const Plan& plan, Work work, cu
   return gpu::launch(kernel<Op>, l, p, work);
 }
 
-// f(TypeId of the tile, whether resident as a constant), for what the plan says.
-template <class T, class F>
-cudaError_t with_tile(Layout layout, const Plan& plan, F f) {
+template <After after>
+using AfterConstant = std::integral_constant<After, after>;
+
+// f(TypeId of the tile, whether resident, what follows: both as constants), for what the plan says.
+template <class T, bool backward, class F>
+cudaError_t with_tile(Layout layout, After after, const Plan& plan, F f) {
+  const auto with_after = [&](auto tile, auto resident) {
+    using Tile = typename decltype(tile)::type;
+    if (after == After::nothing) return f(tile, resident, AfterConstant<After::nothing>{});
+    if constexpr (has_relu(Tile::kWholePacks, sizeof(T))) {
+      if (after == After::relu) return f(tile, resident, AfterConstant<After::relu>{});
+      if constexpr (backward)
+        if (after == After::relu_of_mask) return f(tile, resident, AfterConstant<After::relu_of_mask>{});
+    }
+    return f(tile, resident, AfterConstant<After::any>{});
+  };
   const auto with = [&](auto tile) {
-    return plan.strategy == Strategy::streaming ? f(tile, std::false_type{}) : f(tile, std::true_type{});
+    return plan.strategy == Strategy::streaming ? with_after(tile, std::false_type{})
+                                                : with_after(tile, std::true_type{});
   };
   if (plan.planes) return with(gpu::TypeId<Rows<T, true, true>>{});
   if (layout == Layout::planar)

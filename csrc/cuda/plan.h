@@ -63,20 +63,42 @@ constexpr std::int64_t partial_bytes(bool backward, std::int64_t element) {
   return !backward && element == 8 ? 32 : 16;
 }
 
+// What follows the normalisation, by the kernels that there are for it: nothing; ReLU, whose backward computes its
+// argument again, or reads the mask; any of Act, chosen at run time.
+enum class After : std::int32_t { nothing, relu, relu_of_mask, any };
+// Whether ReLU has kernels of its own: for whole packs of elements of so many bytes.
+constexpr bool has_relu(bool whole, std::int64_t element) {
+  return whole && element < 8;
+}
+
 // What is asked of the device.
 struct Request : Problem {
   bool backward;
   bool training;
   bool reduces;     // sums over the channels are needed
-  bool applies;     // a tensor [N, C, S] is written
+  bool applies;     // output or grad_input is written
   bool cumulative;  // num_batches_tracked is read after it has been incremented
   bool aligned;     // all tensors [N, C, S] start at a multiple of 16 bytes
+  Act act = Act::identity;
+  bool residual = false;       // is read
+  bool masked = false;         // the mask is written, or, by the backward, read
+  bool grad_residual = false;  // is written
 
   std::int64_t tensor() const { return N * C * S * itemsize(dtype); }  // bytes
+  std::int64_t mask() const { return masked ? (N * C * S + 7) / 8 : 0; }
   std::int64_t partial() const { return partial_bytes(backward, itemsize(dtype)); }
   // Whether what is read for the statistics is wanted again.
   bool reads_twice() const { return training && reduces && applies; }
-  int inputs() const { return !backward || (!reduces && !training) ? 1 : 2; }  // tensors [N, C, S] that are read
+  // Whether a backward computes the activation's argument again.
+  bool recomputes() const { return backward && act != Act::identity && !masked; }
+  // Tensors [N, C, S] that are read for the statistics, or in their place; and all that are written.
+  int inputs() const { return !backward ? 1 : 1 + (reduces || recomputes()) + (residual && recomputes()); }
+  int outputs() const { return applies + grad_residual; }
+  After after(bool whole) const {
+    if (act == Act::identity && (backward || !residual)) return After::nothing;
+    if (act != Act::relu || !has_relu(whole, itemsize(dtype)) || (backward && residual)) return After::any;
+    return backward && masked ? After::relu_of_mask : After::relu;
+  }
 };
 
 inline constexpr std::int64_t kPackBytes = 16;
@@ -86,11 +108,23 @@ inline bool is_aligned(std::initializer_list<const void*> tensors) {
                      [](const void* t) { return reinterpret_cast<std::uintptr_t>(t) % kPackBytes == 0; });
 }
 inline Request request(const ForwardParams& p) {
-  return {p, false, p.training, p.training, true, p.cumulative, is_aligned({p.input, p.output})};
+  const bool aligned = is_aligned({p.input, p.output, p.residual});
+  return {
+      p, false, p.training, p.training, true, p.cumulative, aligned, p.act, p.residual != nullptr, p.mask != nullptr};
 }
 inline Request request(const BackwardParams& p) {
-  const bool aligned = is_aligned({p.grad_output, p.input, p.grad_input});
-  return {p, true, p.training, p.reduces(), p.applies(), false, aligned};
+  const bool aligned = is_aligned({p.grad_output, p.input, p.grad_input, p.residual, p.grad_residual});
+  return {p,
+          true,
+          p.training,
+          p.reduces(),
+          p.grad_input != nullptr,
+          false,
+          aligned,
+          p.act,
+          p.residual && !p.mask,
+          p.mask != nullptr,
+          p.grad_residual != nullptr};
 }
 
 struct Plan {
@@ -120,6 +154,7 @@ inline constexpr std::int64_t kMaxTask = std::int64_t{1} << 30;  // slots of a t
 struct Kind {
   bool resident, backward, planar, whole;
   std::int64_t element;  // bytes
+  After after;
 };
 // Threads that are sure to be resident on a multiprocessor, by the registers that the kernels' __launch_bounds__ leave
 // each: 64, or 128.
@@ -128,6 +163,7 @@ constexpr std::int64_t promised_threads(const Kind& k) {
 }
 // Slots that a thread loads before it uses them.
 constexpr int unroll(const Kind& k) {
+  if (k.after == After::any) return 1;
   return k.backward && (k.element == 2 || k.resident) && !(k.planar && k.whole) ? 2 : 4;
 }
 
@@ -147,14 +183,17 @@ struct View {
   std::int64_t rows, packs;       // rows of a slab; packs of a row that have slabs of their own
   std::int64_t row;               // elements from one row to the next, of a matrix that is not planar
   std::int64_t row_slots;         // planar: packs that a row touches
-  std::int64_t period;            // packs after which channels begin at the start of a pack again
+  std::int64_t period;            // packs after which a slab may begin: with a channel, and a byte of the mask
+  std::int64_t grain;             // planar: slots after which a split may
   std::int64_t S;
 
   explicit View(const Request& r) : S(r.S) {
     const std::int64_t full = kPackBytes / itemsize(r.dtype);
+    // Packs that share a byte of a mask, which is written by neighbours in a warp.
+    const std::int64_t unit = r.masked && !r.backward ? std::max<std::int64_t>(full, 8) : full;
     const bool by_channel = r.layout == Layout::planar;
-    const auto divides = [&](std::int64_t row) { return r.aligned && row % full == 0; };
-    period = by_channel ? std::lcm(r.S, full) / full : 1;
+    const auto divides = [&](std::int64_t row) { return r.aligned && row % unit == 0; };
+    period = by_channel ? std::lcm(r.S, unit) / full : unit / full;
     // Runs as long as a slab's are read one by one.
     const bool small = !divides(r.S) || r.S * itemsize(r.dtype) < tuning::kWidest;
     planes = by_channel && small && divides(r.C * r.S) && period <= kMaxThreads / 2 && r.C > 1;
@@ -167,12 +206,14 @@ struct View {
     row = planes ? r.C * r.S : r.C;
     packs = planar ? r.C : row / pack;
     row_slots = !planar ? 0 : whole ? r.S / pack : (r.S + 2 * pack - 2) / pack;
-    if (planar) period = 1;
+    grain = planar && whole ? unit / full : 1;
+    if (planar || !whole) period = 1;
   }
   // Channels of a slab.
   std::int64_t channels(std::int64_t width) const { return planar ? 1 : planes ? width * pack / S : width * pack; }
   // What a slab's splits divide: slots (planar) or rows.
   std::int64_t length() const { return planar ? rows * row_slots : rows; }
+  std::int64_t chunk(std::int64_t splits) const { return round_up(ceil_div(length(), splits), grain); }
   // Slots that the threads of a block take at once, of those divided things how many.
   std::int64_t step(std::int64_t width, std::int64_t threads) const { return planar ? threads : threads / width; }
 };
@@ -186,7 +227,7 @@ struct Workspace {
     const std::int64_t real = r.dtype == DType::float64 ? 8 : 4, partial = r.partial();
     work = (v.planar ? threads / 32 : std::max(threads / 2, v.planes ? width : 0) * v.columns) * partial;
     sums = v.channels(width) * partial * (cluster ? 2 : 1);
-    factors = v.channels(width) * 4 * real;
+    factors = v.channels(width) * (r.recomputes() ? 5 : 4) * real;
   }
   std::int64_t total() const { return work + sums + factors; }
 };

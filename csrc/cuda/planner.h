@@ -92,7 +92,7 @@ class Planner {
     p.cooperative = r.reduces && d.cooperative;
     p.launches = r.reduces && !d.cooperative ? 2 : 1;
     p.scratch = r.reduces ? p.splits * r.C * r.partial() : 0;
-    if (r.reads_twice()) again(p, r.inputs() * r.tensor(), r.inputs() * r.tensor());
+    if (r.reads_twice()) again(p, first(), first());
     return p;
   }
 
@@ -104,10 +104,12 @@ class Planner {
     p.planes = v.planes;
     p.packs = r.aligned;
     p.cluster = p.launches = 1;
-    p.read = r.inputs() * r.tensor();
-    p.written = r.applies ? r.tensor() : 0;
+    p.read = first() + (!r.backward && r.residual ? r.tensor() : 0);
+    p.written = r.outputs() * r.tensor() + (r.backward ? 0 : r.mask());
     return p;
   }
+  // Bytes that are read for the statistics.
+  std::int64_t first() const { return r.inputs() * r.tensor() + (r.backward ? r.mask() : 0); }
   // These bytes are read again, of `before` since they were read first: newest first, so that the cache still has them.
   void again(Plan& p, std::int64_t bytes, std::int64_t before) const {
     const double kept = tuning::kCacheShare * static_cast<double>(d.l2) / static_cast<double>(before);
@@ -116,7 +118,9 @@ class Planner {
     p.past_cache = kept < 1;
   }
 
-  Kind kind(bool resident) const { return {resident, r.backward, v.planar, v.whole, itemsize(r.dtype)}; }
+  Kind kind(bool resident) const {
+    return {resident, r.backward, v.planar, v.whole, itemsize(r.dtype), r.after(v.whole)};
+  }
 
   // Packs of a slab: contiguous bytes about as many as tuning.h says.
   std::int64_t widest() const {
@@ -134,7 +138,7 @@ class Planner {
   std::int64_t unit(std::int64_t width) const { return r.inputs() * width * v.pack_bytes; }
   std::int64_t room(std::int64_t width, std::int64_t blocks, std::int64_t working) const {
     const std::int64_t limit = std::min(d.shared_per_block, d.shared_per_multiprocessor / blocks - kSystemShared);
-    return (limit - working) / unit(width);
+    return (limit - working) / unit(width) / v.grain * v.grain;
   }
 
   // A plan that keeps slabs in shared memory, with so many blocks on each multiprocessor that can be had; nothing, if a
@@ -156,21 +160,27 @@ class Planner {
     if (p.cooperative && splits > 1)
       p.scratch = splits * r.C * r.partial() + groups * static_cast<std::int64_t>(sizeof(int));
 
-    const std::int64_t step = v.step(width, p.threads), chunk = ceil_div(v.length(), splits);
+    const std::int64_t step = v.step(width, p.threads), chunk = v.chunk(splits);
     if (chunk * width >= kMaxTask || (splits > 1 && chunk < step)) return std::nullopt;
     const std::int64_t working = Workspace(r, v, width, p.threads, cluster).total(),
                        room = this->room(width, blocks, working);
     if (retained == (chunk <= room)) return std::nullopt;
     p.held = ceil_div(chunk, step);
+    // Of a backward whose gradient of the activation's argument is exact, that is kept, and needs no mask again.
+    const bool gates = kind(true).after != After::any;
+    const std::int64_t mask = r.backward ? r.mask() : 0;
     if (retained) {
       const std::int64_t at_once = unroll(kind(true));
       p.held = room / (step * at_once) * at_once;
       if (p.held <= 0) return std::nullopt;
       const std::int64_t kept = p.held * step, last = v.length() % chunk;
       const std::int64_t rest = v.length() / chunk * (chunk - kept) + std::max<std::int64_t>(0, last - kept);
-      const std::int64_t missing = rest * (r.inputs() * r.tensor() / v.length());
+      const double share = static_cast<double>(rest) / static_cast<double>(v.length());
+      const std::int64_t missing = rest * (r.inputs() * r.tensor() / v.length()) +
+                                   (gates ? static_cast<std::int64_t>(share * static_cast<double>(mask)) : 0);
       again(p, missing, missing / p.slabs);
     }
+    if (!gates) p.read += mask;
     p.shared = round_up(std::min(chunk, p.held * step) * unit(width), kPackBytes) + working;
     return p;
   }
@@ -212,7 +222,7 @@ class Planner {
     return used(best);
   }
   // Of so many splits of equal length, those that have any.
-  std::int64_t used(std::int64_t splits) const { return ceil_div(v.length(), ceil_div(v.length(), splits)); }
+  std::int64_t used(std::int64_t splits) const { return ceil_div(v.length(), v.chunk(splits)); }
 
   const Request r;
   const Device d;

@@ -36,6 +36,7 @@ struct Work {
   int64_t slabs;
   int splits, width, channels;  // blocks, packs, channels of a slab
   int held;                     // slots that a thread keeps in shared memory
+  int inputs;                   // tensors of which it keeps them
   Strategy strategy;
   bool packs, past_cache;
   bool reduce, apply;                      // the phases of this launch
@@ -50,7 +51,7 @@ struct Work {
         S(r.S),
         elements(r.N * r.C * r.S),
         row(v.row),
-        chunk(ceil_div(v.length(), plan.splits)),
+        chunk(v.chunk(plan.splits)),
         chunks_end(v.length()),
         row_slots(std::max<int64_t>(1, v.row_slots)),
         slabs(plan.slabs),
@@ -58,6 +59,7 @@ struct Work {
         width(static_cast<int>(plan.width)),
         channels(static_cast<int>(v.channels(plan.width))),
         held(static_cast<int>(plan.held)),
+        inputs(r.inputs()),
         strategy(plan.strategy),
         packs(plan.packs),
         past_cache(plan.past_cache),
@@ -84,7 +86,7 @@ template <class T_, bool kWhole_>
 class Planar {
  public:
   using T = T_;
-  static constexpr bool kWhole = kWhole_, kPlanar = true, kPlanes = false;
+  static constexpr bool kWhole = kWhole_, kWholePacks = kWhole_, kPlanar = true, kPlanes = false;
   static constexpr int kPack = kPackBytes / sizeof(T), kColumns = 1;  // elements of a pack; channels of it
 
   __device__ Planar(const Work& w, int64_t slab, int64_t split) : w_(w), channel_(slab) {
@@ -125,7 +127,7 @@ template <class T_, bool kWhole_, bool kPlanes_>
 class Rows {
  public:
   using T = T_;
-  static constexpr bool kWhole = true, kPlanar = false, kPlanes = kPlanes_;
+  static constexpr bool kWhole = true, kWholePacks = kWhole_, kPlanar = false, kPlanes = kPlanes_;
   static constexpr int kPack = kWhole_ ? kPackBytes / sizeof(T) : 1, kColumns = kPack;
 
   __device__ Rows(const Work& w, int64_t slab, int64_t split) : w_(w), first_(slab * w.channels) {
@@ -197,6 +199,31 @@ __device__ __forceinline__ void store(const Work& w, T* tensor, const Slot& slot
 #pragma unroll
     for (int j = 0; j < kPack; ++j)
       if (holds<Tile>(slot, j)) tensor[slot.at + j] = pack.element[j];
+  }
+}
+
+// The slot's bits of a mask (params.h), that of element j being bit j.
+__device__ __forceinline__ unsigned load_bits(const uint8_t* mask, const Slot& slot) {
+  return slot.size() ? mask[slot.at / 8] >> (slot.at % 8) : 0;
+}
+
+// Of whole packs neighbours in a warp have those of a byte; of others anybody may.
+template <class Tile>
+__device__ __forceinline__ void store_bits(uint8_t* mask, const Slot& slot, unsigned bits) {
+  constexpr int kPack = Tile::kPack;
+  if (slot.size() == 0) return;
+  if constexpr (Tile::kWholePacks) {
+    constexpr unsigned kSharing = kPack < 8 ? 8 / kPack : 1;
+    const unsigned first = threadIdx.x % 32 / kSharing * kSharing, sharing = ((1u << kSharing) - 1) << first;
+#pragma unroll
+    for (unsigned lanes = 1; lanes < kSharing; lanes *= 2)
+      bits |= __shfl_down_sync(sharing, bits, lanes, kSharing) << (lanes * kPack);
+    if (slot.at % 8 == 0) mask[slot.at / 8] = static_cast<uint8_t>(bits);
+  } else {
+    const unsigned shift = slot.at % 32, all = (1u << slot.end) - (1u << slot.begin);
+    unsigned* const word = reinterpret_cast<unsigned*>(mask) + slot.at / 32;
+    atomicAnd(word, ~(all << shift));
+    atomicOr(word, (bits & all) << shift);
   }
 }
 

@@ -110,6 +110,14 @@ CUDA_ON_CPU_ATOMIC T atomicExch(T* p, std::type_identity_t<T> value) {
   return atomic(p, __builtin_return_address(0), [=](T) { return value; });
 }
 template <class T>
+CUDA_ON_CPU_ATOMIC T atomicAnd(T* p, std::type_identity_t<T> value) {
+  return atomic(p, __builtin_return_address(0), [=](T old) { return old & value; });
+}
+template <class T>
+CUDA_ON_CPU_ATOMIC T atomicOr(T* p, std::type_identity_t<T> value) {
+  return atomic(p, __builtin_return_address(0), [=](T old) { return old | value; });
+}
+template <class T>
 CUDA_ON_CPU_ATOMIC T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
   return atomic(p, __builtin_return_address(0), [=](T old) { return old == expected ? value : old; });
 }

@@ -31,7 +31,12 @@ std::int64_t tensor_bytes(const Problem& p) {
   return p.N * p.C * p.S * itemsize(p.dtype);
 }
 
-void add_all(const ForwardParams& p) {
+// Bits of packs that are not whole are put among those of others, whatever was there.
+void add_mask(const Problem& p, const void* mask, bool initialised) {
+  add("mask", mask, (p.N * p.C * p.S + 31) / 32 * 4, initialised);
+}
+
+void add_all(const ForwardParams& p, const Plan& plan) {
   const std::int64_t params = p.C * itemsize(p.param_dtype), stats = p.C * (p.dtype == DType::float64 ? 8 : 4);
   add("input", p.input, tensor_bytes(p), true);
   add("output", p.output, tensor_bytes(p), false);
@@ -40,17 +45,23 @@ void add_all(const ForwardParams& p) {
   add("running_mean", p.running_mean, params, true);
   add("running_var", p.running_var, params, true);
   add("num_batches_tracked", p.num_batches_tracked, 8, true);
+  add("residual", p.residual, tensor_bytes(p), true);
+  add_mask(p, p.mask, !plan.whole);
   add("skipped_batches", p.skipped_batches, p.C * 8, true);
   add("mean", p.mean, stats, false);
   add("invstd", p.invstd, stats, false);
 }
-void add_all(const BackwardParams& p) {
+void add_all(const BackwardParams& p, const Plan&) {
   const std::int64_t params = p.C * itemsize(p.param_dtype), stats = p.C * (p.dtype == DType::float64 ? 8 : 4);
   add("grad_output", p.grad_output, tensor_bytes(p), true);
   add("input", p.input, tensor_bytes(p), true);
   add("weight", p.weight, params, true);
   add("mean", p.mean, stats, true);
   add("invstd", p.invstd, stats, true);
+  add("bias", p.bias, params, true);
+  add("residual", p.residual, tensor_bytes(p), true);
+  add_mask(p, p.mask, true);
+  add("grad_residual", p.grad_residual, tensor_bytes(p), false);
   add("grad_input", p.grad_input, tensor_bytes(p), false);
   add("grad_weight", p.grad_weight, params, false);
   add("grad_bias", p.grad_bias, params, false);
@@ -68,7 +79,7 @@ struct Runtime {
   static void launched(const Params& p, const Plan& plan, const at::Tensor& scratch) {
     last_plan = plan;
     cuda_on_cpu::clear_globals();
-    add_all(p);
+    add_all(p, plan);
     add("scratch", scratch.data_ptr(), plan.scratch, false);
   }
   static std::string message(cudaError_t error) {

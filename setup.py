@@ -91,13 +91,14 @@ def arch_flags() -> list[str]:
     """nvcc's flags for TORCH_CUDA_ARCH_LIST, with one PTX for all architectures for which the source is the same.
 
     That is what compiling takes longest for: the source looks at whether there are conversions of pairs (8.0) and
-    clusters (9.0), and at nothing else. Architectures with a letter are left as they are.
+    clusters (9.0), and at nothing else; for 10.0 and later PTX of their own saves registers. Architectures with a
+    letter are left as they are.
     """
-    least: dict[tuple[bool, bool], str] = {}
+    least: dict[tuple[bool, ...], str] = {}
 
     def shared(found: re.Match[str]) -> str:
         number = int(found[1])
-        virtual = least.setdefault((number >= 80, number >= 90), found[1])
+        virtual = least.setdefault(tuple(number >= new for new in (80, 90, 100)), found[1])
         code = f"compute_{virtual}" if found[2].startswith("compute") else found[2]
         return f"arch=compute_{virtual},code={code}"
 

@@ -91,8 +91,8 @@ struct Backward {
 
   __device__ __forceinline__ void finish(int64_t c, int place, const Partial& sum, bool writes) const {
     const double invstd = static_cast<const A*>(p.invstd)[c], count = static_cast<double>(p.count());
-    if (writes && p.grad_bias) write(p.grad_bias, p.param_dtype, c, sum.sum_dy);
-    if (writes && p.grad_weight) write(p.grad_weight, p.param_dtype, c, math::grad_weight(sum.sum_dy_xmu, invstd));
+    if (writes && p.grad_bias) write_param<T>(p, p.grad_bias, c, sum.sum_dy);
+    if (writes && p.grad_weight) write_param<T>(p, p.grad_weight, c, math::grad_weight(sum.sum_dy_xmu, invstd));
     memory.factor(kMean, place) = static_cast<const A*>(p.mean)[c];
     memory.factor(kScale, place) = slope(c);
     memory.factor(kGradMean, place) = static_cast<A>(sum.sum_dy / count);
@@ -242,9 +242,9 @@ struct Backward {
 
   __device__ __forceinline__ A slope(int64_t c) const {
     const A invstd = static_cast<const A*>(p.invstd)[c];
-    return p.weight ? read<A>(p.weight, p.param_dtype, c) * invstd : invstd;
+    return p.weight ? read_param<T>(p, p.weight, c) * invstd : invstd;
   }
-  __device__ __forceinline__ A bias(int64_t c) const { return p.bias ? read<A>(p.bias, p.param_dtype, c) : A(0); }
+  __device__ __forceinline__ A bias(int64_t c) const { return p.bias ? read_param<T>(p, p.bias, c) : A(0); }
 
   // What needs no sums.
   __device__ __forceinline__ void write_now(const Slot& slot, const Packs& packs,

@@ -97,8 +97,8 @@ struct Forward {
         update_running(p, c, mean, math::unbiased_var(sum.moments.m2, count), factor);
       }
     } else {
-      mean = read<A>(p.running_mean, p.param_dtype, c);
-      var = read<A>(p.running_var, p.param_dtype, c);
+      mean = read_param<T>(p, p.running_mean, c);
+      var = read_param<T>(p, p.running_var, c);
     }
     const A invstd = math::invstd(var, static_cast<A>(p.eps));
     if (writes) {
@@ -106,8 +106,8 @@ struct Forward {
       static_cast<A*>(p.invstd)[c] = invstd;
     }
     memory.factor(kMean, place) = mean;
-    memory.factor(kScale, place) = p.weight ? read<A>(p.weight, p.param_dtype, c) * invstd : invstd;
-    memory.factor(kBias, place) = p.bias ? read<A>(p.bias, p.param_dtype, c) : A(0);
+    memory.factor(kScale, place) = p.weight ? read_param<T>(p, p.weight, c) * invstd : invstd;
+    memory.factor(kBias, place) = p.bias ? read_param<T>(p, p.bias, c) : A(0);
   }
 
   __device__ __forceinline__ void apply(const Tile& tile) const {

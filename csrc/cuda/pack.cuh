@@ -60,6 +60,25 @@ __device__ __forceinline__ float widen(Float16 value) {
 #endif
 }
 
+// Element c of an array [C] of parameters, which have T, or, beside half types, float32 (csrc/checks.h).
+template <class T>
+__device__ __forceinline__ Compute<T> read_param(const Problem& p, const void* array, int64_t c) {
+  using A = Compute<T>;
+  if constexpr (sizeof(T) < sizeof(A))
+    if (p.param_dtype == p.dtype) return widen(static_cast<const T*>(array)[c]);
+  return static_cast<const A*>(array)[c];
+}
+template <class T, class A>
+__device__ __forceinline__ void write_param(const Problem& p, void* array, int64_t c, A value) {
+  if constexpr (sizeof(T) < sizeof(float)) {
+    if (p.param_dtype == p.dtype) {
+      static_cast<T*>(array)[c] = from_float<T>(value);
+      return;
+    }
+  }
+  static_cast<Compute<T>*>(array)[c] = static_cast<Compute<T>>(value);
+}
+
 // Two numbers as halves, the first in the lower bits.
 template <class T>
 __device__ __forceinline__ uint32_t narrow_pair(float first, float second) {

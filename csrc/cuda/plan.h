@@ -159,7 +159,8 @@ struct Kind {
 // Threads that are sure to be resident on a multiprocessor, by the registers that the kernels' __launch_bounds__ leave
 // each: 64, or 128.
 constexpr std::int64_t promised_threads(const Kind& k) {
-  return !k.resident && !k.backward && k.planar && k.whole && k.element < 8 ? 1024 : 512;
+  const bool few = !k.resident && !k.backward && k.planar && k.whole && k.element < 8 && k.after == After::nothing;
+  return few ? 1024 : 512;
 }
 // Slots that a thread loads before it uses them.
 constexpr int unroll(const Kind& k) {

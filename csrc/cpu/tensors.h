@@ -132,13 +132,44 @@ inline void prefetch(const Residual<T>& p) {
   if (p.values) prefetch<count>(p.values);
 }
 
+// A tensor where the mask has bits, and 0 elsewhere.
+template <class T>
+struct Gated {
+  const T* values;
+  const std::uint8_t* mask;
+  std::int64_t at = 0;  // bit of the mask
+
+  [[gnu::always_inline]] Gated operator+(std::int64_t i) const { return {values + i, mask, at + i}; }
+};
+template <class A, class T>
+inline A element(const Gated<T>& p, std::int64_t i) {
+  return read_bits<1>(p.mask, p.at + i) ? element<A>(p.values, i) : A(0);
+}
+template <class A, class T>
+inline Vec<A, lanes<A>> load(const Gated<T>& p) {
+  using V = Vec<A, lanes<A>>;
+  return lanes_of<V>(read_bits<lanes<A>>(p.mask, p.at)) ? load<A>(p.values) : V{};
+}
+template <class A, int v, class T>
+inline Vec<A, lanes<A>> load_part(const Gated<T>& p) {
+#ifdef BNEXT_BF16
+  if constexpr (parts<A, T> == 2)
+    return widen_part<v>(_mm512_maskz_loadu_epi16(read_bits<2 * lanes<A>>(p.mask, p.at), p.values));
+#endif
+  return load<A>(p);
+}
+template <int count, class T>
+inline void prefetch(const Gated<T>& p) {
+  prefetch<count>(p.values);
+}
+
 // A result and its bit of the mask.
 template <class V>
 struct Marked {
   V value;
   Lanes<V> passes;
 };
-// Where they go; the mask may be null.
+// Where they go; the mask may be null. Where ReLU's results go: its gradient passes those that are not 0.
 template <class T>
 struct Masked {
   T* values;
@@ -194,6 +225,11 @@ inline void store_one(const Masked<T>& p, const Marked<A>& one) {
   if (p.mask) write_bits<1>(p.mask, p.at, one.passes);
 }
 template <class T, class A>
+inline void store_one(const Masked<T>& p, A one) {
+  store_one(p.values, one);
+  write_bits<1>(p.mask, p.at, one != 0);
+}
+template <class T, class A>
 inline void store_one(const Both<T>& p, const Two<A>& one) {
   if (p.first) store_one(p.first, one.first);
   if (p.second) store_one(p.second, one.second);
@@ -204,23 +240,34 @@ inline void store(const Masked<T>& p, const Marked<V>& v) {
   if (p.mask) write_bits<sizeof(V) / sizeof(v.value[0])>(p.mask, p.at, bits_of(v.passes));
 }
 template <bool streaming, class T, class V>
+inline void store(const Masked<T>& p, const V& v) {
+  store<streaming>(p.values, v);
+  write_bits<sizeof(V) / sizeof(v[0])>(p.mask, p.at, bits_of(v != 0));
+}
+template <bool streaming, class T, class V>
 inline void store(const Both<T>& p, const Two<V>& v) {
   if (p.first) store<streaming>(p.first, v.first);
   if (p.second) store<streaming>(p.second, v.second);
 }
-template <bool streaming, class T, class V, int kParts>
-inline void store_parts(const Masked<T>& p, const Marked<V> (&v)[kParts]) {
-  V values[kParts];
-  unrolled<kParts>([&](auto i) { values[i] = v[i].value; });
-  store_parts<streaming>(p.values, values);
-  if (!p.mask) return;
-  if constexpr (kParts == 1) {
-    write_bits<sizeof(V) / sizeof(v[0].value[0])>(p.mask, p.at, bits_of(v[0].passes));
-  } else {  // elements at even and at odd places
-    using Words = Vec<std::int16_t, sizeof(V) / 2>;
-    write_bits<sizeof(V) / 2>(p.mask, p.at, bits_of((Words)((v[0].passes & 0xffff) | (v[1].passes << 16))));
-  }
+template <bool streaming, class T, class Result>
+inline void store_parts(const Masked<T>& p, const Result (&v)[1]) {
+  store<streaming>(p, v[0]);
 }
+#ifdef BNEXT_BF16
+template <bool streaming>
+inline void store_parts(const Masked<BFloat16>& p, const Marked<Vec<float, 16>> (&v)[2]) {
+  store_parts<streaming>(p.values, {v[0].value, v[1].value});
+  if (!p.mask) return;
+  using Words = Vec<std::int16_t, 32>;  // elements at even and at odd places
+  write_bits<32>(p.mask, p.at, bits_of((Words)((v[0].passes & 0xffff) | (v[1].passes << 16))));
+}
+template <bool streaming>
+inline void store_parts(const Masked<BFloat16>& p, const Vec<float, 16> (&v)[2]) {
+  const auto bits = narrow_parts(v);
+  write_vector<streaming>(p.values, bits);
+  write_bits<32>(p.mask, p.at, _mm512_test_epi16_mask((__m512i)bits, _mm512_set1_epi16(0x7fff)));
+}
+#endif
 template <bool streaming, class T, class V, int kParts>
 inline void store_parts(const Both<T>& p, const Two<V> (&v)[kParts]) {
   V first[kParts], second[kParts];

@@ -245,13 +245,16 @@ void backward_apply(const BackwardParams& p, const Scratch& scratch, Range chann
     };
     with_tensors<T, Gradient>(p, 0, [&](auto dy, auto x, auto... residual) {
       if constexpr (Gradient::kResidual) {
-        const Both<T> out{grad_input, grad_residual};
-        pass(
-            [=, training = p.training](const auto* k, auto dy, auto x, const auto&... added) {
-              const auto dz = gradient.of(k, dy, x, added...);
-              return Two<decltype(dy)>{training ? train(k, dz, x) : math::grad_input_eval(dz, k[1]), dz};
-            },
-            out, dy, x, residual...);
+        const auto both = [=, training = p.training](const auto* k, auto dy, auto x, const auto&... added) {
+          const auto dz = gradient.of(k, dy, x, added...);
+          return Two<decltype(dy)>{training ? train(k, dz, x) : math::grad_input_eval(dz, k[1]), dz};
+        };
+        if (grad_input && grad_residual) return pass(both, Both<T>{grad_input, grad_residual}, dy, x, residual...);
+        const auto one = [=](const auto* k, const auto&... in) {
+          const auto found = both(k, in...);
+          return grad_input ? found.first : found.second;
+        };
+        pass(one, grad_input ? grad_input : grad_residual, dy, x, residual...);
       } else if (p.training) {
         pass([=](const auto* k, auto dy, auto x) { return train(k, gradient.of(k, dy, x), x); }, grad_input, dy, x);
       } else if constexpr (Gradient::kInput) {

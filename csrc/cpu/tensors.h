@@ -17,11 +17,12 @@ inline constexpr bool kSpecialized = std::is_same_v<T, float> || std::is_same_v<
 
 // `count` bits from bit i of mask on, the first of them the lowest.
 template <int count>
-inline std::uint32_t read_bits(const std::uint8_t* mask, std::int64_t i) {
+inline std::uint32_t read_bits(const std::uint8_t* mask, std::uint64_t i) {
   constexpr int kBytes = (count + 7) / 8;
   const int shift = static_cast<int>(i % 8);
   std::uint64_t bits = 0;
   std::memcpy(&bits, mask + i / 8, kBytes);
+  if (shift == 0 && count % 8 == 0) return static_cast<std::uint32_t>(bits);
   if (shift + count > 8 * kBytes) bits |= static_cast<std::uint64_t>(mask[i / 8 + kBytes]) << (8 * kBytes);
   return static_cast<std::uint32_t>(bits >> shift & ((std::uint64_t{1} << count) - 1));
 }
@@ -34,7 +35,7 @@ inline std::uint32_t read_bits(const std::uint8_t* mask, std::int64_t i) {
   }
 }
 template <int count>
-inline void write_bits(std::uint8_t* mask, std::int64_t i, std::uint32_t bits) {
+inline void write_bits(std::uint8_t* mask, std::uint64_t i, std::uint32_t bits) {
   if (i % 8 == 0 && count % 8 == 0) {
     std::memcpy(mask + i / 8, &bits, count / 8);
   } else {
@@ -179,7 +180,7 @@ struct Masked {
   Masked operator+(std::int64_t i) const { return {values + i, mask, at + i}; }
 };
 
-// Two results, and where they go; either may be null.
+// Two results, and where they go.
 template <class V>
 struct Two {
   V first, second;
@@ -188,7 +189,7 @@ template <class T>
 struct Both {
   T *first, *second;
 
-  Both operator+(std::int64_t i) const { return {first ? first + i : nullptr, second ? second + i : nullptr}; }
+  Both operator+(std::int64_t i) const { return {first + i, second + i}; }
 };
 
 // The address by which vectors are aligned.
@@ -202,7 +203,7 @@ inline std::uintptr_t address(const Masked<T>& p) {
 }
 template <class T>
 inline std::uintptr_t address(const Both<T>& p) {
-  return address(p.first ? p.first : p.second);
+  return address(p.first);
 }
 // Whether that goes for all of a place.
 template <class Out>
@@ -211,7 +212,7 @@ inline bool aligned_alike(const Out&) {
 }
 template <class T>
 inline bool aligned_alike(const Both<T>& p) {
-  return !p.first || !p.second || (address(p.first) - address(p.second)) % BNEXT_VECTOR_BYTES == 0;
+  return (address(p.first) - address(p.second)) % BNEXT_VECTOR_BYTES == 0;
 }
 
 // store and store_parts for these, and of one element.
@@ -231,8 +232,8 @@ inline void store_one(const Masked<T>& p, A one) {
 }
 template <class T, class A>
 inline void store_one(const Both<T>& p, const Two<A>& one) {
-  if (p.first) store_one(p.first, one.first);
-  if (p.second) store_one(p.second, one.second);
+  store_one(p.first, one.first);
+  store_one(p.second, one.second);
 }
 template <bool streaming, class T, class V>
 inline void store(const Masked<T>& p, const Marked<V>& v) {
@@ -246,8 +247,8 @@ inline void store(const Masked<T>& p, const V& v) {
 }
 template <bool streaming, class T, class V>
 inline void store(const Both<T>& p, const Two<V>& v) {
-  if (p.first) store<streaming>(p.first, v.first);
-  if (p.second) store<streaming>(p.second, v.second);
+  store<streaming>(p.first, v.first);
+  store<streaming>(p.second, v.second);
 }
 template <bool streaming, class T, class Result>
 inline void store_parts(const Masked<T>& p, const Result (&v)[1]) {
@@ -272,8 +273,8 @@ template <bool streaming, class T, class V, int kParts>
 inline void store_parts(const Both<T>& p, const Two<V> (&v)[kParts]) {
   V first[kParts], second[kParts];
   unrolled<kParts>([&](auto i) { first[i] = v[i].first, second[i] = v[i].second; });
-  if (p.first) store_parts<streaming>(p.first, first);
-  if (p.second) store_parts<streaming>(p.second, second);
+  store_parts<streaming>(p.first, first);
+  store_parts<streaming>(p.second, second);
 }
 
 // A scalar or a vector, with its elements in To's precision, or in C.

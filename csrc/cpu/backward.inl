@@ -226,9 +226,8 @@ void backward_finish(const BackwardParams& p, const Tiling& tiling, const Scratc
     if (p.grad_weight) write(p.grad_weight, p.param_dtype, c, math::grad_weight(sum_dz_xmu, invstd));
     const A grad_mean = static_cast<A>(sum_dz / count);
     const A projection = static_cast<A>(math::projection(sum_dz_xmu, invstd, count));
-    put_factors<T, kBackwardFactors>(
-        p, scratch, c,
-        {static_cast<const A*>(p.mean)[c], scale_of(p, c, invstd), bias_of<A>(p, c), grad_mean, projection});
+    const auto [mean, scale, bias] = of_forward<A>(p, c).factors;
+    put_factors<T, kBackwardFactors>(p, scratch, c, {mean, scale, bias, grad_mean, projection});
   }
 }
 

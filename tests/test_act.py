@@ -68,11 +68,11 @@ def oracle(input, residual, act, **arguments):
     return results | after, sizes, z
 
 
-def compare(shape, dtypes, layout, act, adds, training):
+def compare(shape, dtypes, layout, act, adds, training, dy_scale=1.0):
     x = values(shape, dtypes[0], layout)
     residual = values(shape, dtypes[0], layout) if adds else None
     arguments = {**channel_arguments(shape[1], dtypes[1]), "training": training}
-    dy = in_layout(torch.randn(shape).to(dtypes[0]), layout)
+    dy = in_layout((dy_scale * torch.randn(shape)).to(dtypes[0]), layout)
     z = oracle(x, residual, act, **arguments, grad_output=dy)[2]
     for kink in KINKS.get(activation.parse(act)[0], []):  # on which side of one an element is, is a matter of rounding
         dy.masked_fill_((z - kink).abs() < (2**-4 if dtypes[0].itemsize == 2 else 1e-3), 0)
@@ -105,6 +105,13 @@ def test_against_torch_and_the_oracle(act, dtypes, layout, adds, training):
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_large(shape, dtype, layout, adds):
     compare(shape, (dtype, torch.float32), layout, "relu", adds, True)
+
+
+@by_residual
+@by_layout
+def test_denormal_gradients_in_bfloat16(layout, adds):
+    """Its dot products take them for 0."""
+    compare((8, 40, 14, 14), (torch.bfloat16, torch.float32), layout, "relu", adds, True, dy_scale=1e-39)
 
 
 SPECIAL = [0.0, -0.0, torch.nan, 6.0, -6.0, 3.0, -3.0, 1e-30, -1e-30, torch.inf, -torch.inf]

@@ -8,10 +8,9 @@
 #include <cmath>
 #include <limits>
 
-#include "common.inl"
 #include "gradients.inl"
 #ifdef BNEXT_BF16
-#include "pairs.inl"
+#include "gates.inl"
 #endif
 
 namespace bnext::cpu::BNEXT_ISA {
@@ -43,11 +42,8 @@ struct Products {
     return math::products(to<V>(gradient.of(own, in<C>(dy), in<C>(x), added...)), x, k[0]);
   }
   static void set_shared(const BackwardParams& p, int64_t c, A* shared, int64_t stride) {
-    shared[0] = static_cast<A>(static_cast<const C*>(p.mean)[c]);
-    if constexpr (kShared == 3) {
-      shared[stride] = static_cast<A>(scale_of(p, c, static_cast<const C*>(p.invstd)[c]));
-      shared[2 * stride] = static_cast<A>(bias_of<C>(p, c));
-    }
+    const auto all = of_forward<C>(p, c);
+    for (int i = 0; i < kShared; ++i) shared[i * stride] = static_cast<A>(all.factors[i]);
   }
 
   static Sum planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t c) {
@@ -88,13 +84,17 @@ struct Products {
 };
 
 #ifdef BNEXT_BF16
-// Products of bfloat16 numbers themselves; then sum(dy * (x - mean)) = sum(dy * x) - mean * sum(dy), of which little
+// Products of bfloat16 numbers themselves; then sum(dz * (x - mean)) = sum(dz * x) - mean * sum(dz), of which little
 // cancels while the mean is a few deviations at most.
+template <class Gradient>
 struct PairedProducts {
+  using InFloat = Products<float, BFloat16, Gradient>;
+
   static Sum planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t c) {
     PairRunSums sums;
+    const auto gate = gate_of<Gradient>(p, c);
     for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b)
-      sums.add(runs_of(p, tiling.block(b), c), static_cast<const BFloat16*>(p.grad_output),
+      sums.add(runs_of(p, tiling.block(b), c), gate, static_cast<const BFloat16*>(p.grad_output),
                static_cast<const BFloat16*>(p.input));
     if (sums.lost()) return {sums.total(0), kLost};
     return {sums.total(0), sums.total(1) - static_cast<const float*>(p.mean)[c] * sums.total(0)};
@@ -102,10 +102,10 @@ struct PairedProducts {
 
   static void rows(const BackwardParams& p, const Tiling& tiling, int64_t k, double* sums) {
     const Row row(p.C);
-    const int64_t begin = tiling.block(tiling.chunk_begin(k)).plane_begin * p.C;
     PairRowSums pairs(row.width());
-    pairs.add(tiling.chunk_count(k) * p.C, static_cast<const BFloat16*>(p.grad_output) + begin,
-              static_cast<const BFloat16*>(p.input) + begin);
+    pairs.add(tiling.block(tiling.chunk_begin(k)).plane_begin * p.C, tiling.chunk_count(k) * p.C,
+              gate_of<Gradient>(p, row), static_cast<const BFloat16*>(p.grad_output),
+              static_cast<const BFloat16*>(p.input));
     pairs.write(sums);
     fold(sums, row);
     for (int64_t c = 0; c < p.C; ++c) sums[row.width() + c] -= static_cast<const float*>(p.mean)[c] * sums[c];
@@ -114,7 +114,7 @@ struct PairedProducts {
 
   static bool trusted(const BackwardParams& p, int64_t c, double sum, double count) {
     const float normalized = static_cast<const float*>(p.mean)[c] * static_cast<const float*>(p.invstd)[c];
-    return std::abs(normalized) <= 8 && Products<float, BFloat16, Plain>::trusted(p, c, sum, count);
+    return std::abs(normalized) <= 8 && InFloat::trusted(p, c, sum, count);
   }
 };
 #endif
@@ -167,8 +167,17 @@ struct SumsOf<double, AnyActivation<double>> {
 #ifdef BNEXT_BF16
 template <>
 struct SumsOf<BFloat16, Plain> {
-  using type = Sums<PairedProducts, Products<float, BFloat16, Plain>, Products<double, BFloat16, Plain>>;
+  using type = Sums<PairedProducts<Plain>, Products<float, BFloat16, Plain>, Products<double, BFloat16, Plain>>;
 };
+template <class Gradient>
+struct PairedSums {
+  using type = Sums<PairedProducts<Gradient>, Products<float, BFloat16, Gradient>,
+                    Products<double, BFloat16, AnyActivation<float>>>;
+};
+template <>
+struct SumsOf<BFloat16, ReluOfInput> : PairedSums<ReluOfInput> {};
+template <>
+struct SumsOf<BFloat16, ReluOfMask> : PairedSums<ReluOfMask> {};
 #endif
 
 // partials[k, 0, c] and partials[k, 1, c] = the two sums over chunk k.
@@ -217,9 +226,8 @@ void backward_finish(const BackwardParams& p, const Tiling& tiling, const Scratc
     if (p.grad_weight) write(p.grad_weight, p.param_dtype, c, math::grad_weight(sum_dz_xmu, invstd));
     const A grad_mean = static_cast<A>(sum_dz / count);
     const A projection = static_cast<A>(math::projection(sum_dz_xmu, invstd, count));
-    put_factors<T, kBackwardFactors>(
-        p, scratch, c,
-        {static_cast<const A*>(p.mean)[c], scale_of(p, c, invstd), bias_of<A>(p, c), grad_mean, projection});
+    const auto [mean, scale, bias] = of_forward<A>(p, c).factors;
+    put_factors<T, kBackwardFactors>(p, scratch, c, {mean, scale, bias, grad_mean, projection});
   }
 }
 
@@ -234,15 +242,18 @@ void backward_apply(const BackwardParams& p, const Scratch& scratch, Range chann
     const auto train = [](const auto* k, auto dz, auto x) {
       return math::grad_input_train(dz, x, k[0], k[1], k[3], k[4]);
     };
-    with_tensors<T, Gradient>(p, 0, [&](const T* dy, const T* x, auto... residual) {
+    with_tensors<T, Gradient>(p, 0, [&](auto dy, auto x, auto... residual) {
       if constexpr (Gradient::kResidual) {
-        const Both<T> out{grad_input, grad_residual};
-        pass(
-            [=, training = p.training](const auto* k, auto dy, auto x, const auto& added) {
-              const auto dz = gradient.of(k, dy, x, added);
-              return Two<decltype(dy)>{training ? train(k, dz, x) : math::grad_input_eval(dz, k[1]), dz};
-            },
-            out, dy, x, residual...);
+        const auto both = [=, training = p.training](const auto* k, auto dy, auto x, const auto&... added) {
+          const auto dz = gradient.of(k, dy, x, added...);
+          return Two<decltype(dy)>{training ? train(k, dz, x) : math::grad_input_eval(dz, k[1]), dz};
+        };
+        if (grad_input && grad_residual) return pass(both, Both<T>{grad_input, grad_residual}, dy, x, residual...);
+        const auto one = [=](const auto* k, const auto&... in) {
+          const auto found = both(k, in...);
+          return grad_input ? found.first : found.second;
+        };
+        pass(one, grad_input ? grad_input : grad_residual, dy, x, residual...);
       } else if (p.training) {
         pass([=](const auto* k, auto dy, auto x) { return train(k, gradient.of(k, dy, x), x); }, grad_input, dy, x);
       } else if constexpr (Gradient::kInput) {

@@ -14,6 +14,9 @@ using std::int64_t;
 // Elements below which another thread costs more than it brings; torch's own grain.
 constexpr int64_t kGrain = 32768;
 
+// Elements that are taken in order where all are taken from the last to the first.
+constexpr int64_t kBackwards = 131072;
+
 // Calls f(begin, end) for parts of [0, size) on torch's threads.
 template <class F>
 void parallel(int64_t size, int64_t elements_each, F f) {
@@ -38,13 +41,18 @@ void reduce_all(const Params& p, const Tiling& tiling, const Scratch& scratch, c
   });
 }
 
-// Writes everything, in order of memory: by rows, or by planes, cut into pieces where planes are few.
+// Writes everything: by rows, those that were reduced last first, since the caches may still have them; or by planes in
+// order of memory, cut into pieces where planes are few.
 template <class Params>
 void apply_all(const Params& p, const Scratch& scratch, const Steps<Params>& steps) {
   if (p.layout == Layout::channels_last) {
     const int64_t rows = Row(p.C).repeats;  // taken together
+    const int64_t some = std::max<int64_t>(1, kBackwards / (rows * p.C));
     parallel((p.count() + rows - 1) / rows, rows * p.C, [&](int64_t begin, int64_t end) {
-      steps.apply(p, scratch, {0, p.C}, {rows * begin, std::min(rows * end, p.count())});
+      for (int64_t first; end > begin; end = first) {
+        first = std::max(begin, end - some);
+        steps.apply(p, scratch, {0, p.C}, {rows * first, std::min(rows * end, p.count())});
+      }
     });
     return;
   }

@@ -108,15 +108,6 @@ void forward_apply(const ForwardParams& p, const Scratch& scratch, Range channel
   const auto pass = [&](auto f, auto out, auto... in) {
     map<T, kForwardFactors>(p, scratch, channels, values, f, out, input, in...);
   };
-  // The residual and the mask may be null.
-  const auto pass_with_mask = [&](auto epilogue) {
-    const auto f = [epilogue, adds = residual != nullptr](const auto* k, auto x, const auto& added) {
-      auto z = math::normalize(x, k[0], k[1], k[2]);
-      if (adds) z = z + added.value;
-      return epilogue(z);
-    };
-    pass(f, Masked<T>{output, p.mask}, Residual<T>{residual, nullptr});
-  };
   if (p.act == Act::identity && !residual)
     return pass([](const auto* k, auto x) { return math::normalize(x, k[0], k[1], k[2]); }, output);
   if constexpr (kSpecialized<T>) {
@@ -126,12 +117,23 @@ void forward_apply(const ForwardParams& p, const Scratch& scratch, Range channel
     if (p.act == Act::relu && !residual)
       return pass([](const auto* k, auto x) { return math::Relu::forward(math::normalize(x, k[0], k[1], k[2])); },
                   output);
-    if (p.act == Act::relu)
-      return pass_with_mask([](auto z) { return Marked<decltype(z)>{math::Relu::forward(z), math::Relu::passes(z)}; });
+    if (p.act == Act::relu) {
+      const auto f = [](const auto* k, auto x, auto r) {
+        return math::Relu::forward(math::normalize(x, k[0], k[1], k[2]) + r);
+      };
+      return p.mask ? pass(f, Masked<T>{output, p.mask}, residual) : pass(f, output, residual);
+    }
   }
   const math::Activation<Compute<T>> activation{p.act, static_cast<Compute<T>>(p.slope)};
-  pass_with_mask([activation](auto z)
-                     [[gnu::noinline]] { return Marked<decltype(z)>{activation.forward(z), activation.passes(z)}; });
+  const auto epilogue = [activation](auto z) [[gnu::noinline]] {
+    return Marked<decltype(z)>{activation.forward(z), activation.passes(z)};
+  };
+  const auto f = [epilogue, adds = residual != nullptr](const auto* k, auto x, const auto& added) {
+    auto z = math::normalize(x, k[0], k[1], k[2]);
+    if (adds) z = z + added.value;
+    return epilogue(z);
+  };
+  pass(f, Masked<T>{output, p.mask}, Residual<T>{residual, nullptr});  // either may be null
 }
 
 }  // namespace

@@ -27,6 +27,13 @@ inline __mmask32 first(int64_t count) {
   return count >= kInRegister ? kAll : (__mmask32(1) << count) - 1;
 }
 
+// What is summed of a register of a, gate(i, present, a, b): i is the place of its first element in the tensor, present
+// tells which are there, b is what they are multiplied by. columns(c) is the gate of rows' columns from c on.
+struct Open {
+  __m512i operator()(int64_t, __mmask32, __m512i a, __m512i) const { return a; }
+  const Open& columns(int64_t) const { return *this; }
+};
+
 // In the place of sums that are lost.
 constexpr double kLost = std::numeric_limits<double>::quiet_NaN();
 
@@ -79,8 +86,10 @@ class PairRunSums {
   static constexpr int kMost = 8;  // registers summed in float32
 
  public:
-  void add(const Runs& runs, const BFloat16* a, const BFloat16* b) {
-    a == b ? add_runs<true>(runs, a, b) : add_runs<false>(runs, a, b);
+  void add(const Runs& runs, const BFloat16* a) { add_runs<true>(runs, Open(), a, a); }
+  template <class Gate>
+  void add(const Runs& runs, const Gate& gate, const BFloat16* a, const BFloat16* b) {
+    add_runs<false>(runs, gate, a, b);
   }
   double total(int term) const {
     const Vec<double, 8> both = sums_.of[term][0] + sums_.of[term][1];
@@ -91,8 +100,8 @@ class PairRunSums {
   bool lost() const { return is_lost(total(0), total(1), Seen::some(seen_.a), Seen::some(seen_.b)); }
 
  private:
-  template <bool same>
-  void add_runs(const Runs& runs, const BFloat16* a, const BFloat16* b) {
+  template <bool same, class Gate>
+  void add_runs(const Runs& runs, const Gate& gate, const BFloat16* a, const BFloat16* b) {
     constexpr int kMany = kMost * kInRegister;
     const int64_t ahead = runs.ahead(), many = runs.size / kMany * kMany, whole = runs.size / kInRegister * kInRegister;
     const __mmask32 tail = first(runs.size - whole);
@@ -102,21 +111,22 @@ class PairRunSums {
     Short end;
     int64_t held = 0;
     for (int64_t n = 0; n < runs.count; ++n) {
-      const BFloat16* of_a = a + runs.begin + n * runs.stride;
-      const BFloat16* of_b = same ? of_a : b + runs.begin + n * runs.stride;
+      const int64_t begin = runs.begin + n * runs.stride;
+      const BFloat16 *of_a = a + begin, *of_b = same ? of_a : b + begin;
       const auto ask = [&](auto size, int64_t i) {
         prefetch<size>(of_a + i + ahead);
         if (!same) prefetch<size>(of_b + i + ahead);
       };
-      const auto take = [&](Short& some, __m512i in_a, __m512i in_b) __attribute__((always_inline)) {
+      const auto take = [&](Short& some, int64_t i, __mmask32 present) __attribute__((always_inline)) {
+        const __m512i in_b = load_some(present, of_b + i);
+        const __m512i in_a = same ? in_b : gate(begin + i, present, load_some(present, of_a + i), in_b);
         seen.add<same>(in_a, in_b);
         some.add(in_a, in_b);
       };
       for (int64_t i = 0; i < many; i += kMany) {
         Short some;
         ask(std::integral_constant<int, kMany>{}, i);
-        for (int64_t at = i; at < i + kMany; at += kInRegister)
-          take(some, _mm512_loadu_si512(of_a + at), _mm512_loadu_si512(of_b + at));
+        for (int64_t at = i; at < i + kMany; at += kInRegister) take(some, at, kAll);
         sums.add(some);
       }
       if (held + ends > kMost) {
@@ -127,11 +137,11 @@ class PairRunSums {
       held += ends;
       for (int64_t i = many; i < whole; i += kInRegister) {
         ask(std::integral_constant<int, kInRegister>{}, i);
-        take(end, _mm512_loadu_si512(of_a + i), _mm512_loadu_si512(of_b + i));
+        take(end, i, kAll);
       }
       if (tail) {
         ask(std::integral_constant<int, kInRegister>{}, whole);
-        take(end, load_some(tail, of_a + whole), load_some(tail, of_b + whole));
+        take(end, whole, tail);
       }
     }
     sums.add(end);
@@ -151,8 +161,11 @@ class PairRowSums {
  public:
   explicit PairRowSums(int64_t width) : width_(width), columns_(new Columns[(width + kInRegister - 1) / kInRegister]) {}
 
-  void add(int64_t elements, const BFloat16* a, const BFloat16* b) {
-    a == b ? add_rows<true>(elements, a, b) : add_rows<false>(elements, a, b);
+  // Elements from `begin` on.
+  void add(int64_t begin, int64_t elements, const BFloat16* a) { add_rows<true>(begin, elements, Open(), a, a); }
+  template <class Gate>
+  void add(int64_t begin, int64_t elements, const Gate& gate, const BFloat16* a, const BFloat16* b) {
+    add_rows<false>(begin, elements, gate, a, b);
   }
 
   // sums[t * width + c] = the sum for column c.
@@ -179,32 +192,35 @@ class PairRowSums {
     Seen seen;
   };
 
-  template <bool same>
-  void add_rows(int64_t elements, const BFloat16* a, const BFloat16* b) {
+  template <bool same, class Gate>
+  void add_rows(int64_t begin, int64_t elements, const Gate& gate, const BFloat16* a, const BFloat16* b) {
     const int64_t rows = elements / width_, row_bytes = width_ * (same ? 2 : 4);
     const int64_t tile = std::max<int64_t>(1, kTileBytes / row_bytes / kMost) * kMost;
     for (int64_t row = 0; row < rows; row += tile) {
-      int64_t asked = (row + tile) * width_;  // elements, in order of memory
+      int64_t asked = begin + (row + tile) * width_;  // elements, in order of memory
       const int64_t count = std::min(tile, rows - row);
       for (int64_t c = 0; c < width_; c += kInRegister, asked += count * kInRegister)
-        add_columns<same, true>(count, c, width_ - c, a + row * width_, b + row * width_, a + asked, b + asked);
+        add_columns<same, true>(begin + row * width_, count, c, width_ - c, asked, gate.columns(c), a, b);
     }
     const int64_t done = rows * width_;
     for (int64_t c = 0; c < elements - done; c += kInRegister)
-      add_columns<same, false>(1, c, elements - done - c, a + done, b + done, a, b);
+      add_columns<same, false>(begin + done, 1, c, elements - done - c, 0, gate.columns(c), a, b);
   }
 
-  // Columns c to c + size, at most a register of them, of some rows.
-  template <bool same, bool ahead>
-  void add_columns(int64_t rows, int64_t c, int64_t size, const BFloat16* a, const BFloat16* b, const BFloat16* next_a,
-                   const BFloat16* next_b) {
+  // Columns c to c + size, at most a register of them, of some rows, the first at `at`. ahead: elements from `next` on
+  // are what will be wanted soon.
+  template <bool same, bool ahead, class Gate>
+  void add_columns(int64_t at, int64_t rows, int64_t c, int64_t size, int64_t next, const Gate& gate, const BFloat16* a,
+                   const BFloat16* b) {
     Columns& columns = columns_[c / kInRegister];
     const __mmask32 present = first(size);
-    const auto load = [&](const BFloat16* p) { return load_some(present, p); };
+    const auto load_b = [&](int64_t i) { return load_some(present, b + i); };
+    const auto load_a = [&](int64_t i, __m512i in_b) __attribute__((always_inline)) {
+      return same ? in_b : gate(i, present, load_some(present, a + i), in_b);
+    };
     Wide lower = columns.lower, upper = columns.upper;
     Seen seen = columns.seen;
-    a += c;
-    b += c;
+    at += c;
     for (int64_t row = 0; row < rows; row += kMost) {
       Short some_lower, some_upper;
       const auto add_two = [&](__m512i a0, __m512i a1, __m512i b0, __m512i b1) __attribute__((always_inline)) {
@@ -215,19 +231,17 @@ class PairRowSums {
       const int64_t count = std::min<int64_t>(kMost, rows - row);
       for (int64_t r = 0; r + 2 <= count; r += 2) {
         if (ahead) {
-          prefetch<2 * kInRegister>(next_a);
-          next_a += 2 * kInRegister;
-          if (!same) prefetch<2 * kInRegister>(next_b);
-          next_b += 2 * kInRegister;
+          prefetch<2 * kInRegister>(a + next);
+          if (!same) prefetch<2 * kInRegister>(b + next);
+          next += 2 * kInRegister;
         }
-        const __m512i a0 = load(a), a1 = load(a + width_);
-        add_two(a0, a1, same ? a0 : load(b), same ? a1 : load(b + width_));
-        a += 2 * width_;
-        b += 2 * width_;
+        const __m512i b0 = load_b(at), b1 = load_b(at + width_);
+        add_two(load_a(at, b0), load_a(at + width_, b1), b0, b1);
+        at += 2 * width_;
       }
       if (count % 2) {
-        const __m512i a0 = load(a), zero = _mm512_setzero_si512();
-        add_two(a0, zero, same ? a0 : load(b), zero);
+        const __m512i b0 = load_b(at), zero = _mm512_setzero_si512();
+        add_two(load_a(at, b0), zero, b0, zero);
       }
       lower.add(some_lower);
       upper.add(some_upper);

@@ -136,17 +136,16 @@ struct Paired {
   static Moments planar(const ForwardParams& p, const Tiling::Block& block, int64_t c, double& squares) {
     const BFloat16* x = static_cast<const BFloat16*>(p.input);
     PairRunSums sums;
-    sums.add(runs_of(p, block, c), x, x);
+    sums.add(runs_of(p, block, c), x);
     squares = sums.lost() ? kLost : sums.total(1);
     return moments_of(0.0, sums.total(0), squares, static_cast<double>(block.count()));
   }
 
   static std::unique_ptr<double[]> rows(const ForwardParams& p, const Tiling::Block& block) {
     const Row row(p.C);
-    const BFloat16* x = static_cast<const BFloat16*>(p.input) + block.plane_begin * p.C;
     const std::unique_ptr<double[]> sums(new double[2 * row.width()]);
     PairRowSums pairs(row.width());
-    pairs.add(block.count() * p.C, x, x);
+    pairs.add(block.plane_begin * p.C, block.count() * p.C, static_cast<const BFloat16*>(p.input));
     pairs.write(sums.get());
     fold(sums.get(), row);
     std::unique_ptr<double[]> moments(new double[4 * p.C]());

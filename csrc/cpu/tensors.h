@@ -17,11 +17,12 @@ inline constexpr bool kSpecialized = std::is_same_v<T, float> || std::is_same_v<
 
 // `count` bits from bit i of mask on, the first of them the lowest.
 template <int count>
-inline std::uint32_t read_bits(const std::uint8_t* mask, std::int64_t i) {
+inline std::uint32_t read_bits(const std::uint8_t* mask, std::uint64_t i) {
   constexpr int kBytes = (count + 7) / 8;
   const int shift = static_cast<int>(i % 8);
   std::uint64_t bits = 0;
   std::memcpy(&bits, mask + i / 8, kBytes);
+  if (shift == 0 && count % 8 == 0) return static_cast<std::uint32_t>(bits);
   if (shift + count > 8 * kBytes) bits |= static_cast<std::uint64_t>(mask[i / 8 + kBytes]) << (8 * kBytes);
   return static_cast<std::uint32_t>(bits >> shift & ((std::uint64_t{1} << count) - 1));
 }
@@ -34,7 +35,7 @@ inline std::uint32_t read_bits(const std::uint8_t* mask, std::int64_t i) {
   }
 }
 template <int count>
-inline void write_bits(std::uint8_t* mask, std::int64_t i, std::uint32_t bits) {
+inline void write_bits(std::uint8_t* mask, std::uint64_t i, std::uint32_t bits) {
   if (i % 8 == 0 && count % 8 == 0) {
     std::memcpy(mask + i / 8, &bits, count / 8);
   } else {
@@ -132,13 +133,44 @@ inline void prefetch(const Residual<T>& p) {
   if (p.values) prefetch<count>(p.values);
 }
 
+// A tensor where the mask has bits, and 0 elsewhere.
+template <class T>
+struct Gated {
+  const T* values;
+  const std::uint8_t* mask;
+  std::int64_t at = 0;  // bit of the mask
+
+  [[gnu::always_inline]] Gated operator+(std::int64_t i) const { return {values + i, mask, at + i}; }
+};
+template <class A, class T>
+inline A element(const Gated<T>& p, std::int64_t i) {
+  return read_bits<1>(p.mask, p.at + i) ? element<A>(p.values, i) : A(0);
+}
+template <class A, class T>
+inline Vec<A, lanes<A>> load(const Gated<T>& p) {
+  using V = Vec<A, lanes<A>>;
+  return lanes_of<V>(read_bits<lanes<A>>(p.mask, p.at)) ? load<A>(p.values) : V{};
+}
+template <class A, int v, class T>
+inline Vec<A, lanes<A>> load_part(const Gated<T>& p) {
+#ifdef BNEXT_BF16
+  if constexpr (parts<A, T> == 2)
+    return widen_part<v>(_mm512_maskz_loadu_epi16(read_bits<2 * lanes<A>>(p.mask, p.at), p.values));
+#endif
+  return load<A>(p);
+}
+template <int count, class T>
+inline void prefetch(const Gated<T>& p) {
+  prefetch<count>(p.values);
+}
+
 // A result and its bit of the mask.
 template <class V>
 struct Marked {
   V value;
   Lanes<V> passes;
 };
-// Where they go; the mask may be null.
+// Where they go; the mask may be null. Where ReLU's results go: its gradient passes those that are not 0.
 template <class T>
 struct Masked {
   T* values;
@@ -148,7 +180,7 @@ struct Masked {
   Masked operator+(std::int64_t i) const { return {values + i, mask, at + i}; }
 };
 
-// Two results, and where they go; either may be null.
+// Two results, and where they go.
 template <class V>
 struct Two {
   V first, second;
@@ -157,7 +189,7 @@ template <class T>
 struct Both {
   T *first, *second;
 
-  Both operator+(std::int64_t i) const { return {first ? first + i : nullptr, second ? second + i : nullptr}; }
+  Both operator+(std::int64_t i) const { return {first + i, second + i}; }
 };
 
 // The address by which vectors are aligned.
@@ -171,7 +203,7 @@ inline std::uintptr_t address(const Masked<T>& p) {
 }
 template <class T>
 inline std::uintptr_t address(const Both<T>& p) {
-  return address(p.first ? p.first : p.second);
+  return address(p.first);
 }
 // Whether that goes for all of a place.
 template <class Out>
@@ -180,7 +212,7 @@ inline bool aligned_alike(const Out&) {
 }
 template <class T>
 inline bool aligned_alike(const Both<T>& p) {
-  return !p.first || !p.second || (address(p.first) - address(p.second)) % BNEXT_VECTOR_BYTES == 0;
+  return (address(p.first) - address(p.second)) % BNEXT_VECTOR_BYTES == 0;
 }
 
 // store and store_parts for these, and of one element.
@@ -194,9 +226,14 @@ inline void store_one(const Masked<T>& p, const Marked<A>& one) {
   if (p.mask) write_bits<1>(p.mask, p.at, one.passes);
 }
 template <class T, class A>
+inline void store_one(const Masked<T>& p, A one) {
+  store_one(p.values, one);
+  write_bits<1>(p.mask, p.at, one != 0);
+}
+template <class T, class A>
 inline void store_one(const Both<T>& p, const Two<A>& one) {
-  if (p.first) store_one(p.first, one.first);
-  if (p.second) store_one(p.second, one.second);
+  store_one(p.first, one.first);
+  store_one(p.second, one.second);
 }
 template <bool streaming, class T, class V>
 inline void store(const Masked<T>& p, const Marked<V>& v) {
@@ -204,29 +241,40 @@ inline void store(const Masked<T>& p, const Marked<V>& v) {
   if (p.mask) write_bits<sizeof(V) / sizeof(v.value[0])>(p.mask, p.at, bits_of(v.passes));
 }
 template <bool streaming, class T, class V>
+inline void store(const Masked<T>& p, const V& v) {
+  store<streaming>(p.values, v);
+  write_bits<sizeof(V) / sizeof(v[0])>(p.mask, p.at, bits_of(v != 0));
+}
+template <bool streaming, class T, class V>
 inline void store(const Both<T>& p, const Two<V>& v) {
-  if (p.first) store<streaming>(p.first, v.first);
-  if (p.second) store<streaming>(p.second, v.second);
+  store<streaming>(p.first, v.first);
+  store<streaming>(p.second, v.second);
 }
-template <bool streaming, class T, class V, int kParts>
-inline void store_parts(const Masked<T>& p, const Marked<V> (&v)[kParts]) {
-  V values[kParts];
-  unrolled<kParts>([&](auto i) { values[i] = v[i].value; });
-  store_parts<streaming>(p.values, values);
+template <bool streaming, class T, class Result>
+inline void store_parts(const Masked<T>& p, const Result (&v)[1]) {
+  store<streaming>(p, v[0]);
+}
+#ifdef BNEXT_BF16
+template <bool streaming>
+inline void store_parts(const Masked<BFloat16>& p, const Marked<Vec<float, 16>> (&v)[2]) {
+  store_parts<streaming>(p.values, {v[0].value, v[1].value});
   if (!p.mask) return;
-  if constexpr (kParts == 1) {
-    write_bits<sizeof(V) / sizeof(v[0].value[0])>(p.mask, p.at, bits_of(v[0].passes));
-  } else {  // elements at even and at odd places
-    using Words = Vec<std::int16_t, sizeof(V) / 2>;
-    write_bits<sizeof(V) / 2>(p.mask, p.at, bits_of((Words)((v[0].passes & 0xffff) | (v[1].passes << 16))));
-  }
+  using Words = Vec<std::int16_t, 32>;  // elements at even and at odd places
+  write_bits<32>(p.mask, p.at, bits_of((Words)((v[0].passes & 0xffff) | (v[1].passes << 16))));
 }
+template <bool streaming>
+inline void store_parts(const Masked<BFloat16>& p, const Vec<float, 16> (&v)[2]) {
+  const auto bits = narrow_parts(v);
+  write_vector<streaming>(p.values, bits);
+  write_bits<32>(p.mask, p.at, _mm512_test_epi16_mask((__m512i)bits, _mm512_set1_epi16(0x7fff)));
+}
+#endif
 template <bool streaming, class T, class V, int kParts>
 inline void store_parts(const Both<T>& p, const Two<V> (&v)[kParts]) {
   V first[kParts], second[kParts];
   unrolled<kParts>([&](auto i) { first[i] = v[i].first, second[i] = v[i].second; });
-  if (p.first) store_parts<streaming>(p.first, first);
-  if (p.second) store_parts<streaming>(p.second, second);
+  store_parts<streaming>(p.first, first);
+  store_parts<streaming>(p.second, second);
 }
 
 // A scalar or a vector, with its elements in To's precision, or in C.

@@ -200,29 +200,33 @@ inline std::int64_t place(std::int64_t i) {
 #ifdef BNEXT_BF16
 template <>
 inline constexpr int parts<float, BFloat16> = 2;
+// Part v of a register of bfloat16 numbers.
+template <int v>
+inline Vec<float, 16> widen_part(__m512i bits) {
+  return (Vec<float, 16>)(v == 0 ? _mm512_slli_epi32(bits, 16) : _mm512_and_si512(bits, _mm512_set1_epi32(-65536)));
+}
 template <>
 inline Vec<float, 16> load_part<float, 0>(const BFloat16* p) {
-  return (Vec<float, 16>)_mm512_slli_epi32(_mm512_loadu_si512(p), 16);
+  return widen_part<0>(_mm512_loadu_si512(p));
 }
 template <>
 inline Vec<float, 16> load_part<float, 1>(const BFloat16* p) {
-  return (Vec<float, 16>)_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-65536));
+  return widen_part<1>(_mm512_loadu_si512(p));
 }
 // The instruction takes denormals for zeros: where there are any, BFloat16::narrow rounds.
-template <bool streaming>
-inline void store_parts(BFloat16* p, const Vec<float, 16> (&v)[2]) {
+inline Vec<std::uint16_t, 32> narrow_parts(const Vec<float, 16> (&v)[2]) {
   constexpr int kDenormal = 0x20;
   using U = Vec<std::uint32_t, 16>;
   using Bits = Vec<std::uint16_t, 32>;
-  Bits bits;
-  if (__builtin_expect(_mm512_fpclass_ps_mask(v[0], kDenormal) | _mm512_fpclass_ps_mask(v[1], kDenormal), 0)) {
-    bits = (Bits)(BFloat16::narrow<U>(v[0]) | BFloat16::narrow<U>(v[1]) << 16);
-  } else {
-    const Bits order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    bits = (Bits)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
-  }
-  write_vector<streaming>(p, bits);
+  if (__builtin_expect(_mm512_fpclass_ps_mask(v[0], kDenormal) | _mm512_fpclass_ps_mask(v[1], kDenormal), 0))
+    return (Bits)(BFloat16::narrow<U>(v[0]) | BFloat16::narrow<U>(v[1]) << 16);
+  const Bits order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (Bits)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
+}
+template <bool streaming>
+inline void store_parts(BFloat16* p, const Vec<float, 16> (&v)[2]) {
+  write_vector<streaming>(p, narrow_parts(v));
 }
 #endif
 

@@ -62,11 +62,15 @@ def composed(batch_norm: BatchNorm, op: str) -> BatchNorm:
     return with_relu
 
 
+def _torch(op: str) -> BatchNorm:
+    return composed(F.batch_norm, op)
+
+
 def _compiled(op: str) -> BatchNorm:
     """What torch runs through torch.compile, compiled anew for what it is called with first; so is its backward."""
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False  # a backward that frees what it reads could be timed only once
-    return torch.compile(composed(F.batch_norm, op), dynamic=False)
+    return torch.compile(_torch(op), dynamic=False)
 
 
 @dataclass(frozen=True)
@@ -95,17 +99,14 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("bnext", "bnext.batch_norm, batch_norm_act", _bnext),
-        Backend("torch", "F.batch_norm as it comes", partial(composed, F.batch_norm)),
+        Backend("torch", "F.batch_norm as it comes", _torch),
         Backend("torch-native", "F.batch_norm with cuDNN off (CUDA)", partial(composed, _native), _only_on_cuda),
-        Backend(
-            "torch-mkldnn", "F.batch_norm on oneDNN's tensors (CPU, float32)", partial(composed, F.batch_norm),
-            _as_mkldnn,
-        ),
+        Backend("torch-mkldnn", "F.batch_norm on oneDNN's tensors (CPU, float32)", _torch, _as_mkldnn),
         Backend("compile", "torch.compile of what torch runs; seconds before each case", _compiled),
         Backend("apex", "apex.contrib.groupbn (CUDA, float16, nhwc)", peers.apex, peers.for_apex, "apex"),
         Backend("inplace-abn", "inplace_abn without activation", peers.inplace_abn, peers.for_abn, "inplace_abn"),
     )
-}  # fmt: skip
+}
 DEFAULT = {"cpu": ("bnext", "torch"), "cuda": ("bnext", "torch", "torch-native")}
 
 

@@ -154,8 +154,8 @@ def parser(prog: str) -> Parser:
         "--backend",
         type=_backends,
         metavar="B",
-        help="names of --list, or MODULE:FUNCTION with F.batch_norm's signature, with torch's sum and ReLU behind it "
-        "(default: bnext,torch; CUDA with torch-native too)",
+        help="names of --list, or MODULE:FUNCTION with F.batch_norm's signature, followed by torch's sum and ReLU for "
+        "--op (default: bnext,torch; CUDA with torch-native too)",
     )
     add("--baseline", metavar="B", help="the backend that speedups are against (default: torch, else the first)")
     add("--list", action="store_true", help="list suites with their shapes, and backends; measure nothing")

@@ -77,7 +77,7 @@ def _oracle_of_channels(inputs: Inputs, start: int, length: int, mode: str) -> d
 
 
 def errors_of_torch(expected: dict[str, Tensor], inputs: Inputs, mode: str) -> dict[str, float]:
-    """How far off torch's own batch norm is, by output: what bnext is measured by."""
+    """How far off eager torch is, by output: what bnext is measured by."""
     return _errors(candidate(BACKENDS["torch"], inputs, mode).outputs(), expected)
 
 

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnext import reference
-
 OPS = ("bn", "bn+relu", "bn+add+relu")  # batch norm, and what follows it: a residual is added, then ReLU
 MODES = ("fwd", "bwd", "fwd_bwd", "eval")  # training forward, its backward, both, inference forward
 LAYOUTS = ("nchw", "nhwc")
@@ -134,9 +132,7 @@ def make_inputs(shape: Sequence[int], dtype: torch.dtype, device: str, op: str =
     weight, bias, mean, var = positive(), normal(channels), normal(channels), positive()
     residual = normal(*shape, dtype=dtype) if has_residual(op) else None
     if op != "bn":
-        wide = x.to(param_dtype)
-        batch_mean, _, invstd = reference.batch_stats(wide, EPS)
-        z = reference.normalize(wide, weight, bias, batch_mean, invstd)
+        z = torch.batch_norm(x.to(param_dtype), weight, bias, None, None, True, MOMENTUM, EPS, False)
         if residual is not None:
             z += residual
         dy.masked_fill_(z.abs_() < _UNDECIDED * torch.finfo(dtype).eps, 0)

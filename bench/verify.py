@@ -2,7 +2,7 @@
 
 The rule: bnext's largest absolute error is at most 1.5 times torch's, plus one rounding of the output dtype; in
 float64, where the oracle rounds as much as the candidates do, plus eight. The others, torch's own among them, have to
-be plausible: off by no more than a share of the largest value, see PLAUSIBLE.
+be plausible: off by no more than a share of the largest value, see bench.cases.PLAUSIBLE.
 """
 
 import math
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from bench.backends import BACKENDS, Candidate, candidate
-from bench.cases import EPS, MOMENTUM, Inputs
+from bench.cases import EPS, MOMENTUM, PLAUSIBLE, Inputs
 from bench.opcount import OpCounter
 from bnext import reference
 
-PLAUSIBLE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _BNEXT_OPS = {"fwd": ("train",), "bwd": ("backward",), "fwd_bwd": ("train", "backward"), "eval": ("eval",)}
 
 # Elements that the oracle works on at a time: few enough for a CPU's cache, enough to keep a GPU busy.

@@ -81,14 +81,14 @@ def test_a_bnext_that_is_torch_is_noticed(op, called):
 
 
 @pytest.mark.parametrize("op", ["bn+relu", "bn+add+relu"])
-def test_no_gradient_depends_on_rounding(op):
-    """A ReLU whose argument is next to 0 passes all of a gradient or nothing, and so would the oracle."""
+def test_no_gradient_depends_on_a_plausible_error(op):
+    """Next to 0 a ReLU passes all of a gradient or nothing: torch's channels-last statistics are off by as much."""
     inputs = make_inputs((8, 16, 10, 10), torch.bfloat16, "cpu", op)
     mean, _, invstd = reference.batch_stats(inputs.x.double(), EPS)
     z = reference.normalize(inputs.x.double(), inputs.weight.double(), inputs.bias.double(), mean, invstd)
     z = z.abs() if inputs.residual is None else (z + inputs.residual.double()).abs()
-    assert (inputs.dy == 0)[z < 0.24].all()
-    assert not (inputs.dy == 0)[z > 0.26].any()
+    assert (inputs.dy == 0)[z < 0.99 * 3e-2 * z.max()].all()
+    assert not (inputs.dy == 0)[z > 1.01 * 3e-2 * z.max()].any()
 
 
 @pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd_bwd", "eval"])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OPS = ("bn", "bn+relu", "bn+add+relu")  # batch norm, and what follows it: a residual is added, then ReLU
 MODES = ("fwd", "bwd", "fwd_bwd", "eval")  # training forward, its backward, both, inference forward
 LAYOUTS = ("nchw", "nhwc")
 DTYPES = {
@@ -18,12 +19,16 @@ DTYPES = {
 }
 MOMENTUM, EPS = 0.1, 1e-5  # the defaults of torch.nn.BatchNorm2d
 
-PASSES = {"fwd": 2, "bwd": 3, "fwd_bwd": 5, "eval": 2}
+# Tensors [N, C, ...] read or written; how many more with a residual, and masks of one bit an element.
+_MOVED = {"fwd": (2, 1, 1), "bwd": (3, 1, 1), "fwd_bwd": (5, 2, 2), "eval": (2, 1, 0)}
+
+# What a plausible result may be off by, as a share of the largest value.
+PLAUSIBLE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer in one mode: shape N, C and any spatial sizes; count is how often its network has the layer."""
+    """One op on a layer in one mode: shape N, C and any spatial sizes; count is how often its network has the layer."""
 
     suite: str
     layer: str
@@ -34,6 +39,7 @@ class Case:
     dtype: str
     device: str
     threads: int
+    op: str = "bn"
 
     @property
     def tensor_bytes(self) -> int:
@@ -41,16 +47,31 @@ class Case:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @property
+    def mask_bytes(self) -> int:
+        """Of one bit an element."""
+        return -(-math.prod(self.shape) // 8)
+
+    @property
     def bytes(self) -> int:
         """What must move of the tensors [N, C, ...]: fwd and eval read x, write y; bwd reads x and dy, writes dx.
 
-        fwd_bwd is the sum of fwd and bwd. What is read or written per channel is not counted.
+        With a residual fwd and eval read it too, and bwd writes its gradient; fwd writes, and bwd reads, one bit an
+        element that tells what the ReLU passes, which without a residual x tells. fwd_bwd is the sum of fwd and bwd.
+        What is read or written per channel is not counted.
         """
-        return PASSES[self.mode] * self.tensor_bytes
+        tensors, more, masks = _MOVED[self.mode]
+        if not has_residual(self.op):
+            return tensors * self.tensor_bytes
+        return (tensors + more) * self.tensor_bytes + masks * self.mask_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, and bytes."""
         return asdict(self) | {"shape": list(self.shape), "bytes": self.bytes}
+
+
+def has_residual(op: str) -> bool:
+    """Whether op adds a residual."""
+    return op == "bn+add+relu"
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -67,7 +88,10 @@ def memory_format(layout: str, dims: int) -> torch.memory_format | None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one layer: x and dy [N, C, ...]; the others [C], in float32 for a half type as under autocast."""
+    """The tensors of op on one layer: x, dy and, where op adds one, residual [N, C, ...]; the others [C].
+
+    Those are in float32 for a half type, as under autocast.
+    """
 
     x: Tensor
     dy: Tensor
@@ -75,16 +99,22 @@ class Inputs:
     bias: Tensor
     running_mean: Tensor
     running_var: Tensor
+    residual: Tensor | None
+    op: str
     memory_format: torch.memory_format = torch.contiguous_format
 
     def to(self, memory_format: torch.memory_format) -> "Inputs":
-        """The same values with x and dy in memory_format."""
-        x, dy = (t.contiguous(memory_format=memory_format) for t in (self.x, self.dy))
-        return replace(self, x=x, dy=dy, memory_format=memory_format)
+        """The same values with x, dy and residual in memory_format."""
+        large = {name: t for name, t in vars(self).items() if isinstance(t, Tensor) and t.dim() > 1}
+        moved = {name: t.contiguous(memory_format=memory_format) for name, t in large.items()}
+        return replace(self, **moved, memory_format=memory_format)
 
 
-def make_inputs(shape: Sequence[int], dtype: torch.dtype, device: str) -> Inputs:
-    """Random inputs, the same in every run on a device; each channel of x has its own mean and spread."""
+def make_inputs(shape: Sequence[int], dtype: torch.dtype, device: str, op: str = "bn") -> Inputs:
+    """Random inputs, the same in every run on a device; each channel of x has its own mean and spread.
+
+    dy is 0 where the argument of a ReLU, in training, is so near to 0 that a plausible error decides what passes.
+    """
     rng = torch.Generator(device).manual_seed(0)
     channels = shape[1]
     per_channel = (channels, *[1] * (len(shape) - 2))
@@ -98,4 +128,11 @@ def make_inputs(shape: Sequence[int], dtype: torch.dtype, device: str) -> Inputs
 
     x = normal(*shape, dtype=dtype).mul_(positive().view(per_channel)).add_(normal(*per_channel))
     dy = normal(*shape, dtype=dtype)
-    return Inputs(x, dy, positive(), normal(channels), normal(channels), positive())
+    weight, bias, mean, var = positive(), normal(channels), normal(channels), positive()
+    residual = normal(*shape, dtype=dtype) if has_residual(op) else None
+    if op != "bn":
+        z = torch.batch_norm(x.to(param_dtype), weight, bias, None, None, True, MOMENTUM, EPS, False)
+        if residual is not None:
+            z += residual
+        dy.masked_fill_(z.abs_() < PLAUSIBLE[dtype] * z.max(), 0)
+    return Inputs(x, dy, weight, bias, mean, var, residual, op)

@@ -9,25 +9,25 @@ from bench.rows import OK, Mean, Row
 FIGURES = ("us", "+-%", "GB/s", "% of floor", "speedup", "peak MiB", "passes", "plan")
 COLUMNS = ("layer", "shape", "backend", *FIGURES)
 MEAN_COLUMNS = (
-    *("suite", "mode", "layout", "dtype", "threads", "backend", "layers", "speedup", "% of floor", "scaling"),
+    *("suite", "op", "mode", "layout", "dtype", "threads", "backend", "layers", "speedup", "% of floor", "scaling"),
     *("least speedup", "at"),
 )
 NUMBERS = {*FIGURES, "threads", "layers", "scaling", "least speedup"} - {"plan"}
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows of one suite, mode, layout, dtype and number of threads, in the order in which they come."""
+    """Rows of one suite, op, mode, layout, dtype and number of threads, in the order in which they come."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         case = row.case
-        found.setdefault((case.suite, case.mode, case.layout, case.dtype, case.threads), []).append(row)
+        found.setdefault((case.suite, case.op, case.mode, case.layout, case.dtype, case.threads), []).append(row)
     return list(found.values())
 
 
 def group_title(case: Case) -> str:
     """What groups() groups by."""
     plural = "s" if case.threads > 1 else ""
-    return f"{case.suite}: {case.mode}, {case.layout}, {case.dtype}, {case.threads} thread{plural}"
+    return f"{case.suite}: {case.op}, {case.mode}, {case.layout}, {case.dtype}, {case.threads} thread{plural}"
 
 
 def cells(row: Row) -> list[str]:
@@ -55,8 +55,8 @@ def mean_cells(mean: Mean) -> list[str]:
     ratios = (mean.speedup, mean.scaling, _least(mean))
     speedup, scaling, least = (f"{value:.2f}" if value is not None else "" for value in ratios)
     where = _place(mean.worst.case) if mean.worst else ""
-    named = [mean.suite, mean.mode, mean.layout, mean.dtype, str(mean.threads), mean.backend, str(mean.layers)]
-    return [*named, speedup, digits(mean.floor_share, 100), scaling, least, where]
+    named = [mean.suite, mean.op, mean.mode, mean.layout, mean.dtype, str(mean.threads), mean.backend]
+    return [*named, str(mean.layers), speedup, digits(mean.floor_share, 100), scaling, least, where]
 
 
 def _least(mean: Mean) -> float | None:

@@ -27,6 +27,7 @@ class _Key:
     """What a row is matched by. repeat: 0, or how many rows like it came before in the same file, in other suites."""
 
     shape: tuple[int, ...]
+    op: str
     mode: str
     layout: str
     dtype: str
@@ -39,6 +40,7 @@ class _Key:
         """For the first columns of the table."""
         return [
             shape_text(self.shape),
+            self.op,
             self.mode,
             self.layout,
             self.dtype,
@@ -175,6 +177,7 @@ def _rows(name: str, path: Path, document: dict[str, Any]) -> _Rows:
         try:
             fields = (
                 tuple(row["shape"]),
+                row.get("op", "bn"),  # which files from before there were others do not have
                 *(row[n] for n in ("mode", "layout", "dtype", "device", "threads", "backend")),
             )
             measured = row["status"] == OK and row["seconds"] is not None
@@ -184,7 +187,7 @@ def _rows(name: str, path: Path, document: dict[str, Any]) -> _Rows:
                 raise ValueError(f"a median of {spread.median} s")
             if spread and not 0 < spread.p20 <= spread.median <= spread.p80 < math.inf:
                 raise ValueError(f"percentiles {spread.p20} and {spread.p80} s about a median of {spread.median} s")
-            wanted = (tuple, str, str, str, str, int, str)
+            wanted = (tuple, str, str, str, str, str, int, str)
             if not all(map(isinstance, fields, wanted)) or not isinstance(spread.count if spread else 1, int):
                 raise ValueError("a field of another type")
             rows[_Key(*fields, repeats[fields])] = figures
@@ -224,10 +227,12 @@ def _changed_facts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _table(pairs: Sequence[_Pair]) -> str:
     """Aligned text, a line for each pair."""
-    head = ["shape", "mode", "layout", "dtype", "threads", "backend", "old us", "new us", "ratio", "+-", "verdict"]
+    named = ["shape", "op", "mode", "layout", "dtype", "threads", "backend"]
+    figures = ["old us", "new us", "ratio", "+-"]
+    head = [*named, *figures, "verdict"]
     lines = [head, *(pair.cells() for pair in pairs)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    sides = ["<"] * 6 + [">"] * 4 + ["<"]
+    sides = ["<"] * len(named) + [">"] * len(figures) + ["<"]
     return "\n".join(
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)).rstrip()
         for line in lines

@@ -15,7 +15,7 @@ from bench.rows import SCHEMA, Row, means
 from bnext.output import finite
 
 CSV_COLUMNS = (
-    *("suite", "layer", "shape", "count", "mode", "layout", "dtype", "device", "threads", "backend", "status"),
+    *("suite", "layer", "shape", "count", "op", "mode", "layout", "dtype", "device", "threads", "backend", "status"),
     *("detail", "median_us", "p20_us", "p80_us", "samples", "noise", "noisy", "bytes", "gb_per_s", "floor_share"),
     *("speedup", "peak_bytes", "plan", "passes"),
 )
@@ -123,8 +123,9 @@ def reading(report: Report) -> tuple[str, ...]:
         "us: the median of the microseconds that one call takes. +-%: half the distance between the 20th and the 80th "
         "percentile, relative to the median; ~ marks a row that stayed noisier than the limit.",
         "GB/s: 10^9 bytes that must move, per second of the median: the tensors [N, C, ...] alone, where fwd and eval "
-        "read x and write y, bwd reads x and dy and writes dx, and fwd_bwd is the sum of fwd and bwd; what is read or "
-        "written per channel is not counted.",
+        "read x and write y, bwd reads x and dy and writes dx, and fwd_bwd is the sum of fwd and bwd. bn+add+relu "
+        "moves the residual or its gradient too, and in training a mask of one bit an element. What is read or written "
+        "per channel is not counted.",
         "% of floor: the memory floor's median time over this one's; the floor moves the same bytes and computes "
         "nothing, so 100 is as fast as plain memory traffic.",
         f"speedup: the median time of {report.settings.get('baseline', 'the baseline')} over this one's.",

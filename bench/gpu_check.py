@@ -1,5 +1,6 @@
 """make gpu-check: builds, tests and measures bnext on the NVIDIA GPU at hand; writes gpu-report.json and gpu-report.md.
 
+make gpu-check-fused measures what is fused, beside eager torch and torch.compile, instead of testing and all else.
 Every step has a time budget and a status in the report, and none stops the others; all of it takes less than eight
 minutes. No setting of the GPU is changed. bnext itself is only imported by the steps, once the first has built it.
 """
@@ -10,92 +11,25 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import torch
 
-from bench.cases import LAYOUTS
-from bench.gpu_report import OURS, SCHEMA, markdown
-from bench.rows import OK
-from bench.suites import SUITES
-
-ROOT = Path(__file__).resolve().parent.parent
+from bench import gpu_bench
+from bench.gpu_report import SCHEMA, markdown
+from bench.gpu_steps import ROOT, STRATEGIES, Step, execute, forced, verdict
 
 _ALL_SECONDS, _BUILD_SECONDS, _CHECK_SECONDS = 470, 115, 150
 _SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-_BATCH = 256
-_DTYPES = ("bfloat16", "float16", "float32")
-_MODES = ("fwd", "bwd", "eval")
-_BACKENDS = "bnext,torch,torch-native"
-_STRATEGIES = ("streaming", "block", "cluster", "grid", "retained")  # of the CUDA kernels, forced one after the other
 _WATCHED = (("racecheck", "cluster"), ("racecheck", "grid"))  # that the planner does not choose for small shapes
-_COMPILED = ("64,112,112", "256,56,56", "512,28,28", "2048,7,7")  # torch.compile takes seconds for each case
-_CASE_SECONDS = "0.25"
-
-
-@dataclass
-class Step:
-    """What became of a step: passed, failed, timed out or not installed; failed_tests are ids of pytest."""
-
-    name: str
-    status: str
-    seconds: float
-    detail: str = ""
-    failed_tests: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Run:
-    """One of the benchmark's."""
-
-    name: str
-    dtype: str
-    options: list[str]
-    shapes: int
-    modes: Sequence[str]
-    strategy: str = ""
-
-
-def execute(
-    arguments: Sequence[str | Path], log: Path, seconds: float, environment: dict[str, str] | None = None
-) -> tuple[int | None, float]:
-    """Runs a command in the checkout, its output into log; the exit code, None after so many seconds, and the time.
-
-    A command that takes longer is ended with everything that it has started.
-    """
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    start = time.monotonic()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            arguments,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(max(seconds, 0))
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return code, time.monotonic() - start
-
-
-def _verdict(code: int | None) -> str:
-    return "timed out" if code is None else "failed" if code else "passed"
 
 
 def build(logs: Path) -> Step:
@@ -108,12 +42,7 @@ def build(logs: Path) -> Step:
     }
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     code, seconds = execute(command, logs / "build.log", _BUILD_SECONDS, environment)
-    return Step("build", _verdict(code), seconds, f"TORCH_CUDA_ARCH_LIST={major}.{minor}; logs/build.log")
-
-
-def _forced(strategy: str) -> dict[str, str]:
-    """The environment in which bnext takes a strategy wherever it can; "": the planner's choice."""
-    return {"BNEXT_CUDA_STRATEGY": strategy} if strategy else {}
+    return Step("build", verdict(code), seconds, f"TORCH_CUDA_ARCH_LIST={major}.{minor}; logs/build.log")
 
 
 def pytest_file(
@@ -128,7 +57,7 @@ def pytest_file(
     results.unlink(missing_ok=True)
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={results}"]
     command = [sys.executable, "-m", "pytest", *options, file, "--device", device]
-    code, _ = execute(command, logs / f"{name}.log", deadline - time.monotonic(), _forced(strategy))
+    code, _ = execute(command, logs / f"{name}.log", deadline - time.monotonic(), forced(strategy))
     if code is None or not results.exists():
         why = "timed out" if code is None else f"exit code {code}"
         return {"passed": 0, "failed": 1, "skipped": 0}, [f"{file.name}: {why}, see logs/{name}.log"]
@@ -170,9 +99,9 @@ def sanitizer_step(tool: str, logs: Path, deadline: float, strategy: str = "") -
         options += ["--report-api-errors", "no"]
     command = [program, *options, sys.executable, "tests/small_shapes.py", "cuda"]
     # Without torch's cache each tensor is an allocation of its own, and an overrun cannot land in another one.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} | _forced(strategy)
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} | forced(strategy)
     code, seconds = execute(command, logs / f"{log}.log", deadline - time.monotonic(), environment)
-    return Step(name, _verdict(code), seconds, f"exit code {code}; logs/{log}.log")
+    return Step(name, verdict(code), seconds, f"exit code {code}; logs/{log}.log")
 
 
 def checks(logs: Path) -> list[Step]:
@@ -189,48 +118,11 @@ def checks(logs: Path) -> list[Step]:
             *(steps.submit(sanitizer_step, tool, logs, deadline) for tool in _SANITIZERS),
             *(
                 steps.submit(pytest_step, f"results, {name}", [own, *results], logs, pool, deadline, name)
-                for name in _STRATEGIES
+                for name in STRATEGIES
             ),
             *(steps.submit(sanitizer_step, tool, logs, deadline, name) for tool, name in _WATCHED),
         ]
         return [step.result() for step in found]
-
-
-def measurements(logs: Path, deadline: float) -> tuple[list[Step], list[dict[str, Any]]]:
-    """The benchmark's runs, which share the time that is left, and their rows, without the single timings.
-
-    Rows of a forced strategy have its name as "strategy".
-    """
-    layers, best = len(SUITES["resnet50"].layers), _DTYPES[0]
-    resnet50 = ["--suite", "resnet50", "--batch", str(_BATCH)]
-    compiled = [word for shape in _COMPILED for word in ("--shape", f"{_BATCH},{shape}")]
-    runs = [
-        *(_Run(f"bench {t}", t, [*resnet50, "--backend", _BACKENDS], layers, _MODES) for t in _DTYPES),
-        _Run(
-            f"bench {best} with torch.compile", best, [*compiled, "--backend", f"{_BACKENDS},compile"],
-            len(_COMPILED), _MODES,
-        ),
-        *(
-            _Run(f"bench {best}, {name}", best, [*resnet50, "--backend", OURS], layers, _MODES[:2], name)
-            for name in _STRATEGIES
-        ),
-    ]  # fmt: skip
-    steps, rows = [], []
-    for i, run in enumerate(runs):
-        file = logs / f"bench-{i}.json"
-        file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "bench", "--device", "cuda", "--dtype", run.dtype]
-        command += ["--mode", ",".join(run.modes), "--min-time", _CASE_SECONDS, "--timeout", _CASE_SECONDS]
-        command += ["--json", str(file), *run.options]
-        budget = (deadline - time.monotonic()) / (len(runs) - i)
-        code, seconds = execute(command, logs / f"bench-{i}.log", budget, _forced(run.strategy))
-        found = json.loads(file.read_text())["rows"] if file.exists() else []
-        tag = {"strategy": run.strategy} if run.strategy else {}
-        rows += [{key: value for key, value in row.items() if key != "samples"} | tag for row in found]
-        measured = sum(row["backend"] == OURS and row["status"] == OK for row in found)
-        detail = f"{measured} of {run.shapes * len(LAYOUTS) * len(run.modes)} cases measured; logs/bench-{i}.log"
-        steps.append(Step(run.name, _verdict(code), seconds, detail))
-    return steps, rows
 
 
 def environment() -> dict[str, Any]:
@@ -272,6 +164,7 @@ def main() -> int:
     """The exit code: 0, 1 if a step failed, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder of the reports and logs")
+    parser.add_argument("--fused", action="store_true", help="build, and time batch norm with sum and ReLU alone")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("no NVIDIA GPU: make gpu-check needs one, and a torch built for CUDA", file=sys.stderr)
@@ -283,8 +176,11 @@ def main() -> int:
     parts = {
         "build": lambda: ([build(logs)], []),
         "checks": lambda: (checks(logs), []),
-        "bench": lambda: measurements(logs, deadline),
+        "bench": lambda: gpu_bench.measured(gpu_bench.runs(), logs, deadline),
     }
+    if args.fused:
+        parts["checks"] = lambda: (gpu_bench.compiled(logs, time.monotonic() + _CHECK_SECONDS), [])
+        parts["bench"] = lambda: gpu_bench.measured(gpu_bench.fused_runs(), logs, deadline)
     for name, part in parts.items():
         try:
             found, measured = part()

@@ -23,6 +23,8 @@ def markdown(report: dict[str, Any]) -> str:
     rows = [row for row in report["rows"] if "strategy" not in row]
     forced = [row for row in report["rows"] if "strategy" in row]
     cases = _cases(rows)
+    fused = [case for key, case in cases.items() if key[0] != "bn"]
+    plain = {key: case for key, case in cases.items() if key[0] == "bn"}
     compiled = {_key(row) for row in rows if row["backend"] == _COMPILE}
     parts = [
         f"# bnext on {facts['device']}, {facts['date']}",
@@ -47,13 +49,21 @@ def markdown(report: dict[str, Any]) -> str:
         "plan: how often bnext expects to move x, and how. Nothing is in the L2 cache beforehand. Parameters and "
         "running buffers of half types are float32.",
     ]
-    parts += _tables([case for key, case in cases.items() if key not in compiled], _TORCHS)
+    parts += _tables([case for key, case in plain.items() if key not in compiled], _TORCHS)
     parts += [
         "## Beside torch.compile",
         "torch.compile of F.batch_norm, and of its backward, for these shapes and this dtype only: "
         "it compiles for seconds in each case.",
     ]
-    parts += _tables([case for key, case in cases.items() if key in compiled], (*_TORCHS, _COMPILE))
+    parts += _tables([case for key, case in plain.items() if key in compiled], (*_TORCHS, _COMPILE))
+    if fused:
+        parts += [
+            "## Fused",
+            "bnext.batch_norm_act beside F.batch_norm with torch's sum and ReLU, in place, and torch.compile of that. "
+            "bn+add+relu has one pass more than the batch norm alone, and a mask of one bit an element; the floor too.",
+            _list(_verdicts(fused)),
+            *_tables(fused, ("torch", _COMPILE)),
+        ]
     if forced:
         parts += [
             "## Strategies",
@@ -81,14 +91,14 @@ def _strategies(rows: Sequence[_Row], cases: dict[tuple[Any, ...], _Case]) -> li
             chosen = case[OURS]["plan"].split()[0] if OURS in case else ""
             share = f"{_ratio(case, FLOOR, OURS):.2f}" if {OURS, FLOOR} <= case.keys() else ""
             each = [f"{microseconds[name]:.1f}" if name in microseconds else "" for name in names]
-            lines.append((shape_text(key[4:]), *each, chosen, share))
+            lines.append((shape_text(key[5:]), *each, chosen, share))
         parts += [f"### {', '.join(group)}", _table(("shape", *names, "chosen", f"{FLOOR} / {OURS}"), lines)]
     return parts
 
 
 def _key(row: _Row) -> tuple[Any, ...]:
     """What the rows of a case have in common."""
-    return (*(row[name] for name in ("suite", "dtype", "layout", "mode")), *row["shape"])
+    return (*(row[name] for name in ("op", "suite", "dtype", "layout", "mode")), *row["shape"])
 
 
 def _cases(rows: Sequence[_Row]) -> dict[tuple[Any, ...], _Case]:
@@ -119,6 +129,26 @@ def _slower(cases: Sequence[_Case]) -> str:
     return f"{len(slower)} of {len(compared)} cases.\n\n{_list(slower)}".rstrip()
 
 
+def _verdicts(cases: Sequence[_Case]) -> list[str]:
+    """Of each op and dtype: whether bnext is twice as fast as eager torch, and nowhere slower than torch.compile."""
+    groups: dict[tuple[str, ...], list[_Case]] = {}
+    for case in cases:
+        row = next(iter(case.values()))
+        groups.setdefault((row["op"], row["dtype"]), []).append(case)
+    found = []
+    for group, own in groups.items():
+        eager = [_ratio(case, "torch", OURS) for case in own if {"torch", OURS} <= case.keys()]
+        compiled = {_name(case[OURS]): _ratio(case, _COMPILE, OURS) for case in own if {_COMPILE, OURS} <= case.keys()}
+        slower = [f"{name} {ratio:.2f}" for name, ratio in compiled.items() if ratio < 1]
+        met = eager and _geometric(eager) >= 2 and compiled and not slower
+        found.append(
+            f"{', '.join(group)}: {'met' if met else 'missed'}. torch / bnext {_mean(eager)}, where 2 is wanted, the "
+            f"geometric mean of {len(eager)} cases; slower than torch.compile in {len(slower)} of {len(compiled)}"
+            + "".join(f"\n  - {each}" for each in slower)
+        )
+    return found
+
+
 def _tables(cases: Sequence[_Case], others: Sequence[str]) -> list[str]:
     """A heading and a table for each dtype, layout and mode, in the order in which they come; "" is not known."""
     parts = []
@@ -128,7 +158,7 @@ def _tables(cases: Sequence[_Case], others: Sequence[str]) -> list[str]:
     groups: dict[tuple[str, ...], list[_Case]] = {}
     for case in cases:
         row = next(iter(case.values()))
-        groups.setdefault((row["dtype"], row["layout"], row["mode"]), []).append(case)
+        groups.setdefault((row["op"], row["dtype"], row["layout"], row["mode"]), []).append(case)
     for group, own in groups.items():
         lines = [_line(case, backends, pairs) for case in own]
         means = [_mean([_ratio(case, *pair) for case in own if case.keys() >= set(pair)]) for pair in pairs]
@@ -152,7 +182,11 @@ def _line(case: _Case, backends: Sequence[str], pairs: Sequence[tuple[str, str]]
 
 def _mean(ratios: Sequence[float]) -> str:
     """The geometric mean, "" of none."""
-    return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}" if ratios else ""
+    return f"{_geometric(ratios):.2f}" if ratios else ""
+
+
+def _geometric(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def _ratio(case: _Case, above: str, below: str) -> float:
@@ -160,7 +194,7 @@ def _ratio(case: _Case, above: str, below: str) -> float:
 
 
 def _name(row: _Row) -> str:
-    return " ".join((row["dtype"], shape_text(row["shape"]), row["layout"], row["mode"]))
+    return " ".join((row["op"], row["dtype"], shape_text(row["shape"]), row["layout"], row["mode"]))
 
 
 def _list(items: Sequence[str]) -> str:

@@ -54,10 +54,10 @@ def measured(args: argparse.Namespace, progress: Callable[[str], None]) -> Itera
     for group in options.groups(args):
         case = group[0]
         progress(f"{case.suite} {case.layer}: inputs")
-        inputs = _or_status(make_inputs, case.shape, DTYPES[case.dtype], case.device)
+        inputs = _or_status(make_inputs, case.shape, DTYPES[case.dtype], case.device, case.op)
         expected: dict[str, dict[str, Tensor] | _Status] = {}
         for case in group:
-            where = f"{case.suite} {case.layer}, {case.mode} {case.layout}"
+            where = f"{case.suite} {case.layer}, {case.op} {case.mode} {case.layout}"
             status = inputs if isinstance(inputs, _Status) else _refused(case)
             if status:
                 yield _without_figures(case, status, args)

@@ -1,6 +1,7 @@
 """The options of `python -m bench`, and the cases that they ask for."""
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -11,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from bench import backends, timing
-from bench.cases import DTYPES, LAYOUTS, MODES, Case, memory_format, shape_text
+from bench.cases import DTYPES, LAYOUTS, MODES, OPS, Case, memory_format, shape_text
 from bench.suites import SUITES
 
 CUSTOM = "custom"  # the suite of shapes given by --shape
@@ -31,9 +32,10 @@ other commands:
 the columns:
   us          microseconds: the median of all timings; ~ where it is noisier than --max-noise
   +-%%         half of what lies between the 20th and 80th percentiles of the timings
-  GB/s        of the tensors that must move: 2 for fwd and eval, 3 for bwd, 5 for fwd_bwd
-  %% of floor  how close that is to plain copies of these tensors (bwd: two read, one written), timed in the same
-              rounds; streaming stores can get beyond 100
+  GB/s        of the tensors that must move: 2 for fwd and eval, 3 for bwd, 5 for fwd_bwd; bn+add+relu has one more (in
+              fwd_bwd two), and in training a mask of one bit an element
+  %% of floor  how close that is to plain copies of these tensors, as many read and written, timed in the same rounds;
+              streaming stores can get beyond 100
   speedup     against --baseline
   peak MiB    what one call allocates, its results included
   passes      how often bnext expects to move the tensor through memory, by its plan; not a measurement
@@ -128,6 +130,14 @@ def parser(prog: str) -> Parser:
     add("--suite", type=_some_of(SUITES), action="extend", metavar="S", help=f"of {names} (default: resnet50)")
     add("--shape", type=_shape, action="append", metavar="N,C,H,W", help="this shape; may be repeated")
     add("--batch", type=positive, metavar="N", help="images in a batch, for suites of networks (default: see --list)")
+    add(
+        "--op",
+        type=_some_of(OPS),
+        default=["bn"],
+        metavar="O",
+        help="of bn,bn+relu,bn+add+relu; bnext has each in one, torch the sum and the ReLU, in place, behind its batch "
+        "norm (default: bn)",
+    )
     add("--mode", type=_some_of(MODES), metavar="M", help="of fwd,bwd,fwd_bwd,eval (default: fwd,bwd,eval)")
     add("--layout", type=_some_of(LAYOUTS), metavar="L", help="of nchw,nhwc (default: those that the shape has)")
     add(
@@ -144,8 +154,8 @@ def parser(prog: str) -> Parser:
         "--backend",
         type=_backends,
         metavar="B",
-        help="names of --list, or MODULE:FUNCTION with F.batch_norm's signature (default: bnext,torch; CUDA with "
-        "torch-native too)",
+        help="names of --list, or MODULE:FUNCTION with F.batch_norm's signature, followed by torch's sum and ReLU for "
+        "--op (default: bnext,torch; CUDA with torch-native too)",
     )
     add("--baseline", metavar="B", help="the backend that speedups are against (default: torch, else the first)")
     add("--list", action="store_true", help="list suites with their shapes, and backends; measure nothing")
@@ -238,9 +248,9 @@ def groups(args: argparse.Namespace) -> Iterator[list[Case]]:
     named += [(CUSTOM, shape_text(shape), shape, 1) for shape in dict.fromkeys(args.shape or ())]
     for suite, layer, shape, count in named:
         layouts = args.layout or [layout for layout in LAYOUTS if memory_format(layout, len(shape))]
-        for dtype in args.dtype:
+        for dtype, op in itertools.product(args.dtype, args.op):
             yield [
-                Case(suite, layer, shape, count, mode, layout, dtype, args.device, threads)
+                Case(suite, layer, shape, count, mode, layout, dtype, args.device, threads, op)
                 for mode in args.mode
                 for layout in layouts
                 for threads in args.threads
@@ -250,7 +260,9 @@ def groups(args: argparse.Namespace) -> Iterator[list[Case]]:
 def repro(case: Case, backend: str, args: argparse.Namespace) -> str:
     """The command that repeats one row, beside its baseline."""
     names = list(dict.fromkeys([backend, args.baseline])) if backend != "floor" else [args.baseline]
-    words = ["python -m bench", "--shape", ",".join(map(str, case.shape)), "--mode", case.mode]
+    words = ["python -m bench", "--shape", ",".join(map(str, case.shape))]
+    words += ["--op", case.op] if case.op != "bn" else []
+    words += ["--mode", case.mode]
     words += ["--layout", case.layout, "--dtype", case.dtype, "--device", case.device]
     if case.device == "cpu":
         words += ["--threads", str(case.threads)]

@@ -11,7 +11,7 @@ from bench.cells import COLUMNS, MEAN_COLUMNS, NUMBERS, cells, mean_cells
 from bench.files import Report, about, reading
 from bench.rows import means
 
-_CASE_COLUMNS = ("suite", "mode", "layout", "dtype", "threads")
+_CASE_COLUMNS = ("suite", "op", "mode", "layout", "dtype", "threads")
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #d5d5d5; --head: #f2f2f2; --bnext: #fdf0e7; }

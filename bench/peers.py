@@ -27,17 +27,24 @@ def for_apex(inputs: Inputs, mode: str) -> Inputs:
     return inputs
 
 
-def apex() -> BatchNorm:
-    """apex.contrib.groupbn.BatchNorm2d_NHWC, a module: x is given to it as a view [N, H, W, C]."""
+def apex(op: str) -> BatchNorm:
+    """apex.contrib.groupbn.BatchNorm2d_NHWC, a module: x and residual are given to it as views [N, H, W, C]."""
     from apex.contrib.groupbn.batch_norm import BatchNorm2d_NHWC
 
     modules: dict[int, torch.nn.Module] = {}
 
     def batch_norm(
-        x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor, bias: Tensor, training: bool, *_: float
+        x: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        training: bool,
+        *_: float,
+        residual: Tensor | None = None,
     ) -> Tensor:
         if weight.data_ptr() not in modules:
-            module = BatchNorm2d_NHWC(x.shape[1], fuse_relu=False, bn_group=1).to(x.device).train(training)
+            module = BatchNorm2d_NHWC(x.shape[1], fuse_relu=op != "bn", bn_group=1).to(x.device).train(training)
             for name, t in (("weight", weight), ("bias", bias)):
                 delattr(module, name)
                 setattr(module, name, t)
@@ -45,19 +52,22 @@ def apex() -> BatchNorm:
                 if t is not None:
                     setattr(module, name, t)
             modules[weight.data_ptr()] = module
-        return modules[weight.data_ptr()](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        views = (t.permute(0, 2, 3, 1) for t in (x, residual) if t is not None)
+        return modules[weight.data_ptr()](*views).permute(0, 3, 1, 2)
 
     return batch_norm
 
 
 def for_abn(inputs: Inputs, mode: str) -> Inputs:
-    """It overwrites x with y, so x is a copy of its own, and no backward can be walked twice."""
+    """It overwrites x with y, so x is a copy of its own, no backward can be walked twice, and ReLU cannot be undone."""
+    if inputs.op != "bn":
+        raise Unsupported("inplace_abn has no ReLU: it inverts its activation, and a ReLU has no inverse")
     if mode not in ("fwd", "eval"):
         raise Unsupported("inplace_abn overwrites its input: a backward cannot be repeated on the same tensors")
     return replace(inputs, x=inputs.x.clone())
 
 
-def inplace_abn() -> BatchNorm:
+def inplace_abn(op: str) -> BatchNorm:
     """inplace_abn.inplace_abn with its identity activation; its weight is taken as |weight| + eps, and x gets no graph.
 
     A detached view, because what it overwrites must not be a leaf.

@@ -74,6 +74,7 @@ class Mean:
     """
 
     suite: str
+    op: str
     mode: str
     layout: str
     dtype: str
@@ -87,13 +88,13 @@ class Mean:
 
 
 def means(rows: Sequence[Row]) -> list[Mean]:
-    """For every suite, mode, layout, dtype, number of threads and backend, in the order in which they come."""
+    """For every suite, op, mode, layout, dtype, number of threads and backend, in the order in which they come."""
     found = []
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.status == OK:
             case = row.case
-            key = (case.suite, case.mode, case.layout, case.dtype, case.threads, row.backend)
+            key = (case.suite, case.op, case.mode, case.layout, case.dtype, case.threads, row.backend)
             groups.setdefault(key, []).append(row)
     fewest: dict[tuple[Any, ...], Row] = {}
     for row in sorted((row for group in groups.values() for row in group), key=lambda row: row.case.threads):

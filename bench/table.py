@@ -11,7 +11,7 @@ from bench.rows import FLOOR, OK, Mean, Row
 
 _HEADER = ("mode", "layout", "threads", "backend", *FIGURES)
 _WIDTHS = dict(zip(_HEADER, (7, 6, 7, 12, 9, 5, 6, 10, 7, 8, 6, 1), strict=True))
-_MEAN_WIDTHS = dict(zip(MEAN_COLUMNS, (9, 7, 6, 8, 7, 12, 6, 7, 10, 7, 13, 1), strict=True))
+_MEAN_WIDTHS = dict(zip(MEAN_COLUMNS, (9, 11, 7, 6, 8, 7, 12, 6, 7, 10, 7, 13, 1), strict=True))
 
 
 class Table(Protocol):
@@ -34,7 +34,7 @@ def table(repro: bool) -> Table:
 def _title(case: Case) -> str:
     often = f", {case.count} times in the network" if case.count > 1 else ""
     name = "" if case.layer == shape_text(case.shape) else f" {case.layer},"
-    return f"{case.suite}:{name} {shape_text(case.shape)} {case.dtype}{often}"
+    return f"{case.suite}:{name} {shape_text(case.shape)} {case.dtype} {case.op}{often}"
 
 
 def _named(row: Row) -> list[str]:

@@ -1,6 +1,6 @@
 """Trains a network twice from the same start, with torch's batch norm and with bnext's, which take turns at each step,
 and compares losses, step times and peak memory; on digits, accuracies too. The exit code is 1 if the two disagree or
-recognise too few digits.
+recognise too few digits. With --fused bnext's batch norms do the sums and ReLUs behind them too.
 
 Floating-point trajectories drift apart: the two batch norms round differently, and SGD amplifies that step by
 step, as it would if torch's own initial weights were changed by 1e-7. So the losses have to agree closely only
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="digits is a small ResNet on scikit-learn's handwritten digits; resnet50 sees one batch of random "
         "224 x 224 images again and again (default: digits)",
     )
+    parser.add_argument("--fused", action="store_true", help="bnext.fuse_batchnorm_act on bnext's model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
     batches = " and ".join(f"{batch} for {network}" for network, batch in _BATCH.items())
     parser.add_argument("--batch", type=positive, metavar="N", help=f"images in a step (default: {batches})")
@@ -94,10 +95,11 @@ class _Trainee:
 
 
 class _Pair:
-    """The same model with torch's batch norm and with bnext's; device is the model's."""
+    """The same model with torch's batch norm and with bnext's, fused or not; device is the model's."""
 
-    def __init__(self, model: nn.Module, steps: int) -> None:
-        self.ours = _Trainee(bnext.convert_batchnorm(copy.deepcopy(model)), steps)
+    def __init__(self, model: nn.Module, steps: int, fused: bool) -> None:
+        converted = bnext.convert_batchnorm(copy.deepcopy(model))
+        self.ours = _Trainee(bnext.fuse_batchnorm_act(converted) if fused else converted, steps)
         self.theirs = _Trainee(model, steps)
 
     def step(self, images: Tensor, labels: Tensor) -> None:
@@ -135,9 +137,9 @@ def run(args: argparse.Namespace) -> int:
     versions = f"bnext {facts['bnext']}, torch {facts['torch']} on {facts['device']}"
     print(f"{versions}; {args.network}, batch {batch}, {args.threads} thread{'s' if args.threads > 1 else ''}")
     if args.network == "digits":
-        faults = train_digits(args.device, batch, args.epochs or _EPOCHS, args.seed)
+        faults = train_digits(args.device, batch, args.epochs or _EPOCHS, args.seed, args.fused)
     else:
-        faults = train_resnet50(args.device, batch, args.steps or _STEPS)
+        faults = train_resnet50(args.device, batch, args.steps or _STEPS, args.fused)
     for fault in faults:
         print(f"WRONG  {fault}")
     return 1 if faults else 0
@@ -157,14 +159,14 @@ def _problem(args: argparse.Namespace) -> str:
     return ""
 
 
-def train_digits(device: str, batch: int, epochs: int, seed: int) -> list[str]:
+def train_digits(device: str, batch: int, epochs: int, seed: int, fused: bool) -> list[str]:
     """A small ResNet on scikit-learn's digits, an epoch a line; the faults found."""
     rng = torch.Generator().manual_seed(seed)
     train, test = (tuple(t.to(device) for t in part) for part in digits.load(rng))
     batches = len(train[0]) // batch
-    pair = _Pair(networks.small_resnet().to(device), epochs * batches)
+    pair = _Pair(networks.small_resnet().to(device), epochs * batches, fused)
     first = [t[:batch] for t in train]
-    faults = _conversion_faults(pair.ours.model, *first)
+    faults = _conversion_faults(pair.ours.model, *first, fused)
     losses, accuracies = [], []
     print("\nepoch  loss: torch     bnext   test accuracy: torch    bnext")
     for epoch in range(1, epochs + 1):
@@ -179,11 +181,11 @@ def train_digits(device: str, batch: int, epochs: int, seed: int) -> list[str]:
     return faults + _loss_faults("epoch", losses[:1]) + _accuracy_faults(accuracies)
 
 
-def train_resnet50(device: str, batch: int, steps: int, size: int = 224) -> list[str]:
+def train_resnet50(device: str, batch: int, steps: int, fused: bool, size: int = 224) -> list[str]:
     """ResNet-50 on one batch of random size x size images, a step a line; the faults found."""
-    pair = _Pair(networks.resnet50().to(device), 1 + steps)
+    pair = _Pair(networks.resnet50().to(device), 1 + steps, fused)
     images, labels = torch.randn(batch, 3, size, size).to(device), torch.randint(1000, (batch,)).to(device)
-    faults = _conversion_faults(pair.ours.model, images, labels)
+    faults = _conversion_faults(pair.ours.model, images, labels, fused)
     losses = []
     print("\n step  loss: torch     bnext     ms: torch     bnext")
     for step in range(1, 2 + steps):
@@ -195,17 +197,26 @@ def train_resnet50(device: str, batch: int, steps: int, size: int = 224) -> list
     return faults + _loss_faults("step", losses[:_FIRST_STEPS])
 
 
-def _conversion_faults(model: nn.Module, images: Tensor, labels: Tensor) -> list[str]:
-    """What shows that model does not run on bnext: a layer's class, or an op that a trial did not call."""
+def _conversion_faults(model: nn.Module, images: Tensor, labels: Tensor, fused: bool) -> list[str]:
+    """What shows that model does not run on bnext: a layer's class, or an op that a trial did not call.
+
+    Says how many are fused.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-    faults = [f"{type(layer)} was not converted" for layer in layers if type(layer) is not bnext.BatchNorm2d]
+    ours = (bnext.BatchNorm2d, bnext.BatchNormAct2d)
+    faults = [f"{type(layer)} was not converted" for layer in layers if type(layer) not in ours]
+    with_act = sum(type(layer) is bnext.BatchNormAct2d for layer in layers)
+    if fused:
+        print(f"fused: {with_act} of {len(layers)} batch norms")
+        faults += ["no batch norm was fused"] * (with_act == 0)
     trial = _Trainee(copy.deepcopy(model), steps=1)
     with OpCounter() as ops:
         trial.step(images, labels)
         trial.accuracy(images, labels)
-    for op in ("bnext::batch_norm_train", "bnext::batch_norm_backward", "bnext::batch_norm_eval"):
-        if ops.count[op] != len(layers):
-            faults.append(f"{op} was called {ops.count[op]} times for {len(layers)} layers")
+    for act, expected in (("", len(layers) - with_act), ("_act", with_act)):
+        for op in (f"bnext::batch_norm{act}_{kind}" for kind in ("train", "backward", "eval")):
+            if ops.count[op] != expected:
+                faults.append(f"{op} was called {ops.count[op]} times for {expected} layers")
     return faults
 
 

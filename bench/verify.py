@@ -2,7 +2,7 @@
 
 The rule: bnext's largest absolute error is at most 1.5 times torch's, plus one rounding of the output dtype; in
 float64, where the oracle rounds as much as the candidates do, plus eight. The others, torch's own among them, have to
-be plausible: off by no more than a share of the largest value, see PLAUSIBLE.
+be plausible: off by no more than a share of the largest value, see bench.cases.PLAUSIBLE.
 """
 
 import math
@@ -12,17 +12,11 @@ import torch
 from torch import Tensor
 
 from bench.backends import BACKENDS, Candidate, candidate
-from bench.cases import EPS, MOMENTUM, Inputs
+from bench.cases import EPS, MOMENTUM, PLAUSIBLE, Inputs
 from bench.opcount import OpCounter
 from bnext import reference
 
-PLAUSIBLE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-_BNEXT_OPS = {
-    "fwd": ("bnext::batch_norm_train",),
-    "bwd": ("bnext::batch_norm_backward",),
-    "fwd_bwd": ("bnext::batch_norm_train", "bnext::batch_norm_backward"),
-    "eval": ("bnext::batch_norm_eval",),
-}
+_BNEXT_OPS = {"fwd": ("train",), "bwd": ("backward",), "fwd_bwd": ("train", "backward"), "eval": ("eval",)}
 
 # Elements that the oracle works on at a time: few enough for a CPU's cache, enough to keep a GPU busy.
 _SLICE = {"cpu": 2**19, "cuda": 2**24}
@@ -49,30 +43,40 @@ def _channels(t: Tensor, start: int, length: int) -> Tensor:
 
 
 def _oracle_of_channels(inputs: Inputs, start: int, length: int, mode: str) -> dict[str, Tensor]:
-    x, dy, weight, bias, running_mean, running_var = (
-        _channels(t, start, length).double()
+    x, dy, weight, bias, running_mean, running_var, residual = (
+        t if t is None else _channels(t, start, length).double()
         for t in (
-            inputs.x, inputs.dy, inputs.weight, inputs.bias, inputs.running_mean, inputs.running_var
+            inputs.x, inputs.dy, inputs.weight, inputs.bias, inputs.running_mean, inputs.running_var, inputs.residual
         )
     )  # fmt: skip
+    act = "identity" if inputs.op == "bn" else "relu"
     if mode == "eval":
-        y = reference.normalize(x, weight, bias, running_mean, (running_var + EPS).rsqrt())
+        mean, invstd = running_mean, (running_var + EPS).rsqrt()
+    else:
+        mean, var, invstd = reference.batch_stats(x, EPS)
+    z = reference.normalize(x, weight, bias, mean, invstd)
+    if residual is not None:
+        z += residual
+    y = reference.activate(z, act, 0)
+    if mode == "eval":
         return {"y": y, "running_mean": running_mean, "running_var": running_var}
-    mean, var, invstd = reference.batch_stats(x, EPS)
     found = {}
     if mode != "bwd":
         count = x.numel() // length
         updated = reference.update_running(running_mean, running_var, mean, var, count, MOMENTUM)
         found = dict(zip(("running_mean", "running_var"), updated, strict=True))
-        found["y"] = reference.normalize(x, weight, bias, mean, invstd)
+        found["y"] = y
     if mode != "fwd":
-        gradients = reference.backward(dy, x, weight, mean, invstd, training=True)
+        dz = reference.activate_backward(dy, z, act, 0)
+        gradients = reference.backward(dz, x, weight, mean, invstd, training=True)
         found |= zip(("dx", "dw", "db"), gradients, strict=True)
+        if residual is not None:
+            found["dresidual"] = dz
     return found
 
 
 def errors_of_torch(expected: dict[str, Tensor], inputs: Inputs, mode: str) -> dict[str, float]:
-    """How far off torch's own batch norm is, by output: what bnext is measured by."""
+    """How far off eager torch is, by output: what bnext is measured by."""
     return _errors(candidate(BACKENDS["torch"], inputs, mode).outputs(), expected)
 
 
@@ -109,7 +113,9 @@ def fault(
         if value.dim() > 1 and not outputs[output].is_contiguous(memory_format=inputs.memory_format):
             found.append(f"{output}: not in the memory format of x")
     if name == "bnext":
-        found += [f"{op} was called {called[op]} times, not once" for op in _BNEXT_OPS[mode] if called[op] != 1]
+        act = "" if inputs.op == "bn" else "_act"
+        ops = [f"bnext::batch_norm{act}_{kind}" for kind in _BNEXT_OPS[mode]]
+        found += [f"{op} was called {called[op]} times, not once" for op in ops if called[op] != 1]
     return "; ".join(found)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import bench.__main__ as command
 from bench import backends, layers, timing, verify
-from bench.cases import DTYPES
+from bench.cases import DTYPES, OPS
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--min-time", "0", "--timeout", "0")
@@ -66,18 +66,28 @@ def fails_later(*arguments):
     return F.batch_norm(*arguments)
 
 
+MOVED = {  # tensors of 360 elements, masks of 45 bytes
+    "bn": {"fwd": (2, 0), "bwd": (3, 0), "fwd_bwd": (5, 0), "eval": (2, 0)},
+    "bn+relu": {"fwd": (2, 0), "bwd": (3, 0), "fwd_bwd": (5, 0), "eval": (2, 0)},
+    "bn+add+relu": {"fwd": (3, 1), "bwd": (4, 1), "fwd_bwd": (7, 2), "eval": (3, 0)},
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_every_dtype(dtype, tmp_path, capsys):
+@pytest.mark.parametrize("op", OPS)
+def test_rows_of_every_dtype(op, dtype, tmp_path, capsys):
     modes = ("fwd", "bwd", "fwd_bwd", "eval")
-    found = document(tmp_path, "--dtype", dtype, "--mode", ",".join(modes))
+    found = document(tmp_path, "--op", op, "--dtype", dtype, "--mode", ",".join(modes))
     assert found["schema"] == 1
     assert not found["interrupted"]
     order = [(row["mode"], row["layout"], row["backend"]) for row in found["rows"]]
     assert order == list(itertools.product(modes, ("nchw", "nhwc"), ("floor", "bnext", "torch")))
     for row in found["rows"]:
-        assert (row["shape"], row["dtype"], row["status"], row["detail"]) == ([4, 6, 5, 3], dtype, "ok", "")
-        passes = {"fwd": 2, "bwd": 3, "fwd_bwd": 5, "eval": 2}[row["mode"]]
-        assert row["bytes"] == passes * 4 * 6 * 5 * 3 * DTYPES[dtype].itemsize
+        assert (row["shape"], row["op"], row["dtype"]) == ([4, 6, 5, 3], op, dtype)
+        assert (row["status"], row["detail"]) == ("ok", "")
+        tensors, masks = MOVED[op][row["mode"]]
+        passes = round(tensors + masks * 45 / (360 * DTYPES[dtype].itemsize), 2)
+        assert row["bytes"] == tensors * 360 * DTYPES[dtype].itemsize + masks * 45
         assert len(row["samples"]) == row["seconds"]["count"] == 5
         assert row["seconds"]["median"] == sorted(row["samples"])[2]
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["seconds"]["median"] / 1e9)
@@ -96,12 +106,18 @@ def test_peak_is_what_a_call_allocates(tmp_path):
     tensor = 4 * 64 * 32 * 32 * 4
     peaks = {row["mode"]: row["peak_bytes"] for row in found["rows"] if row["backend"] == "bnext"}
     assert peaks == {"fwd": tensor + 2 * 256, "bwd": tensor + 2 * 256, "eval": tensor + 2 * 256}
+    found = document(tmp_path, "--layout", "nchw", "--op", "bn+add+relu", shape="4,64,32,32")["rows"]
+    peaks = {(row["mode"], row["backend"]): row["peak_bytes"] for row in found}
+    assert peaks["fwd", "bnext"] == tensor + tensor // 32 + 2 * 256  # with the mask
+    assert peaks["bwd", "bnext"] == 2 * tensor + 2 * 256
+    assert peaks["fwd", "torch"] < 1.01 * tensor  # in place
+    assert peaks["eval", "bnext"] == tensor + 2 * 256  # no mask
 
 
 @pytest.mark.parametrize("who", ["test_bench:wrong", "bnext"])
 def test_a_wrong_backend_gets_no_speed(who, tmp_path, monkeypatch, capsys):
     if who == "bnext":
-        bad = backends.Backend("bnext", "", lambda: wrong)
+        bad = backends.Backend("bnext", "", lambda op: wrong)
         monkeypatch.setitem(backends.BACKENDS, "bnext", bad)
     found = document(tmp_path, "--backend", f"{who},torch", "--mode", "fwd,bwd,eval", code=1)
     for row in found["rows"]:

@@ -67,9 +67,9 @@ def test_the_table_has_the_figures(compared):
     code, out, err = compared(old, new)
     assert (code, err) == (0, "")
     assert [list(line.values()) for line in table(out)] == [
-        ["32x64x56x56", "fwd", "nchw", "float32", "cpu 1", "bnext", "100.0", "110.0", "1.100", "1.4%", "slower"],
-        ["32x64x56x56", "bwd", "nhwc", "float32", "cpu 2", "bnext", "200.0", "150.0", "0.750", "1.4%", "faster"],
-        ["32x64x56x56", "fwd", "nchw", "float32", "cpu 1", "native", "50.0", "50.2", "1.004", "1.4%", "same"],
+        ["32x64x56x56", "bn", "fwd", "nchw", "float32", "cpu 1", "bnext", "100.0", "110.0", "1.100", "1.4%", "slower"],
+        ["32x64x56x56", "bn", "bwd", "nhwc", "float32", "cpu 2", "bnext", "200.0", "150.0", "0.750", "1.4%", "faster"],
+        ["32x64x56x56", "bn", "fwd", "nchw", "float32", "cpu 1", "native", "50.0", "50.2", "1.004", "1.4%", "same"],
     ]
 
 
@@ -171,13 +171,20 @@ def test_backend_narrows(compared):
 
 @pytest.mark.parametrize(
     "change",
-    ["shape 16x64x56x56", "mode bwd", "layout nhwc", "dtype float16", "device cuda", "threads 2", "backend native"],
+    ["shape 16", "op bn+relu", "mode bwd", "layout nhwc", "dtype float16", "device cuda", "threads 2", "backend b"],
 )
 def test_rows_match_by_all_of_the_key(compared, change):
     field, value = change.split()
     change = {field: {"threads": 2, "shape": (16, 64, 56, 56)}.get(field, value)}
     message = "expected rows in common, got 1 in OLD, 1 in NEW, none in both"
     refused(compared(document(row()), document(row(**change))), message)
+
+
+def test_a_file_from_before_there_were_other_ops_is_one_of_batch_norms(compared):
+    before = {name: value for name, value in row(100).items() if name != "op"}
+    code, out, _ = compared(document(before), document(row(200), row(300, op="bn+relu")))
+    assert (code, [line["ratio"] for line in table(out)]) == (0, ["2.000"])
+    assert "rows only in NEW: 1, 32x64x56x56 bn+relu fwd nchw float32 cpu 1 bnext" in out.splitlines()
 
 
 def test_rows_match_whatever_suite_they_are_of(compared):
@@ -197,7 +204,7 @@ def test_rows_of_one_file_alone_are_named(compared):
     extra = [row(mode=mode) for mode in ("bwd", "fwd_bwd", "eval")]
     code, out, _ = compared(document(row(), *extra, row(5, FLOOR)), document(row()), "--fail-above", "0%")
     assert code == 0
-    named = "; ".join(f"32x64x56x56 {mode} nchw float32 cpu 1 bnext" for mode in ("bwd", "fwd_bwd", "eval"))
+    named = "; ".join(f"32x64x56x56 bn {mode} nchw float32 cpu 1 bnext" for mode in ("bwd", "fwd_bwd", "eval"))
     assert f"rows only in OLD: 3, {named}" in out.splitlines()
     _, out, _ = compared(document(row()), document(*extra, row(), row(layout="nhwc")))
     assert f"rows only in NEW: 4, {named}; ..." in out.splitlines()

@@ -22,6 +22,7 @@ SENTENCES = {
     "--shape 4,5,x": "argument --shape: expected N,C or N,C,L or N,C,H,W or N,C,D,H,W, all above 0, got '4,5,x'",
     "--shape 4,0,3": "argument --shape: expected N,C or N,C,L or N,C,H,W or N,C,D,H,W, all above 0, got '4,0,3'",
     "--dtype float8": "argument --dtype: expected some of float32,float64,bfloat16,float16, got 'float8'",
+    "--op bn+gelu": "argument --op: expected some of bn,bn+relu,bn+add+relu, got 'bn+gelu'",
     "--mode train": "argument --mode: expected some of fwd,bwd,fwd_bwd,eval, got 'train'",
     "--layout chwn": "argument --layout: expected some of nchw,nhwc, got 'chwn'",
     "--suite resnet": "argument --suite: expected some of resnet50,vgg16,unet,detection,small,odd, got 'resnet'",
@@ -88,10 +89,15 @@ def test_selection_is_what_was_asked_for():
     assert [(case.mode, case.layout, case.threads) for case in custom] == [
         (mode, "nchw", threads) for mode in ("fwd", "bwd", "eval") for threads in (1, 2)
     ]
+    assert {case.op for case in cases} == {"bn"}
+    args = options.parse("bench", ["--shape", "2,3", "--op", "bn+relu,bn+add+relu", "--dtype", "float32,bfloat16"])
+    assert [{(case.dtype, case.op) for case in group} for group in options.groups(args)] == [
+        {(dtype, op)} for dtype in ("float32", "bfloat16") for op in ("bn+relu", "bn+add+relu")
+    ]
 
 
 def test_a_row_is_repeated_by_its_command():
-    words = "--shape 4,6,5,3 --dtype float64 --baseline bnext --max-noise 7% --mode fwd,bwd"
+    words = "--shape 4,6,5,3 --op bn+add+relu --dtype float64 --baseline bnext --max-noise 7% --mode fwd,bwd"
     given = words.split()
     args = options.parse("bench", [*given, "--min-time", "0", "--allocator", "default"])
     ((*_, case),) = options.groups(args)
@@ -99,7 +105,7 @@ def test_a_row_is_repeated_by_its_command():
     assert words[:3] == ["python", "-m", "bench"]
     again = options.parse("bench", words[3:])
     assert list(options.groups(again)) == [[case]]
-    assert (case.mode, case.layout, case.dtype) == ("bwd", "nhwc", "float64")
+    assert (case.op, case.mode, case.layout, case.dtype) == ("bn+add+relu", "bwd", "nhwc", "float64")
     assert [backend.name for backend in again.backend] == ["torch", "bnext"]
     kept = ("baseline", "max_noise", "min_time", "timeout", "allocator", "run_once")
     assert [getattr(again, name) for name in kept] == ["bnext", pytest.approx(0.07), 0, 2, "default", False]

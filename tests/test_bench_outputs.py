@@ -32,7 +32,7 @@ ROWS = (
     Row(CASE, "bnext", "ok", "", (1 / 30, 1 / 29, 1 / 31), True, 1.0, 2.1, 2**19, "two sweeps", 2.0, "python x.py"),
     Row(replace(CASE, layer="conv2"), "bnext", OUT_OF_MEMORY, DETAIL),
     Row(replace(CASE, mode="bwd", threads=1), "bnext", samples=(2e-6,), speedup=0.5),
-    Row(replace(CASE, suite="other"), "bnext", samples=(12.3456e-6,)),
+    Row(replace(CASE, suite="other", op="bn+relu"), "bnext", samples=(12.3456e-6,)),
     Row(replace(CASE, suite="none"), "bnext", "failed", "no"),
 )
 ENVIRONMENT = {
@@ -96,8 +96,8 @@ def test_csv_says_everything_to_the_last_bit():
     assert tuple(csv_rows()[0]) == files.CSV_COLUMNS
     for row, cells in zip(ROWS, csv_rows(), strict=True):
         case = row.case
-        assert [cells[name] for name in ("suite", "layer", "mode", "backend")] == [
-            *(case.suite, case.layer, case.mode, row.backend),
+        assert [cells[name] for name in ("suite", "layer", "op", "mode", "backend")] == [
+            *(case.suite, case.layer, case.op, case.mode, row.backend),
         ]
         assert (cells["shape"], cells["count"], cells["threads"]) == ("32x64x56x56", "3", str(case.threads))
         assert int(cells["bytes"]) == (BYTES if case.mode == "fwd" else BYTES * 3 // 2)
@@ -150,20 +150,20 @@ def test_markdown_has_a_table_per_group():
     text = files.markdown(REPORT)
     tables = markdown_tables(text)
     assert [*tables] == [
-        "nets: fwd, nchw, float32, 2 threads",
-        "nets: bwd, nchw, float32, 1 thread",
-        "other: fwd, nchw, float32, 2 threads",
-        "none: fwd, nchw, float32, 2 threads",
+        "nets: bn, fwd, nchw, float32, 2 threads",
+        "nets: bn, bwd, nchw, float32, 1 thread",
+        "other: bn+relu, fwd, nchw, float32, 2 threads",
+        "none: bn, fwd, nchw, float32, 2 threads",
         "Geometric means",
     ]
-    floor, torch, bnext, failed = (tuple(line.values()) for line in tables["nets: fwd, nchw, float32, 2 threads"])
-    assert tuple(tables["none: fwd, nchw, float32, 2 threads"][0]) == texts.COLUMNS
+    floor, torch, bnext, failed = (tuple(line.values()) for line in tables["nets: bn, fwd, nchw, float32, 2 threads"])
+    assert tuple(tables["none: bn, fwd, nchw, float32, 2 threads"][0]) == texts.COLUMNS
     place = ("conv1", "32x64x56x56")
     assert floor == (*place, "floor", "33333", "once", "1.54", "100", "", "", "", "")
     assert torch == (*place, "torch", "70000", "23.8", "0.734", "47.6", "1.00", "3.00", "", "")
     assert bnext == (*place, "bnext", "~33333", "3.3", "1.54", "100", "2.10", "0.500", "2", "two sweeps")
     assert failed == ("conv2", *place[1:], "bnext", OUT_OF_MEMORY, *[""] * 6, DETAIL.replace("\n", " "))
-    assert tables["other: fwd, nchw, float32, 2 threads"][0]["us"] == "12.3"
+    assert tables["other: bn+relu, fwd, nchw, float32, 2 threads"][0]["us"] == "12.3"
 
 
 def test_markdown_begins_with_what_was_measured():
@@ -177,11 +177,11 @@ def test_markdown_begins_with_what_was_measured():
 def test_markdown_of_the_means():
     means = [tuple(line.values()) for line in markdown_tables(files.markdown(REPORT))["Geometric means"]]
     assert means == [
-        ("nets", "fwd", "nchw", "float32", "2", "floor", "1", "", "100", "", "", ""),
-        ("nets", "fwd", "nchw", "float32", "2", "torch", "1", "1.00", "47.6", "", "1.00", "conv1 32x64x56x56"),
-        ("nets", "fwd", "nchw", "float32", "2", "bnext", "1", "2.10", "100", "", "2.10", "conv1 32x64x56x56"),
-        ("nets", "bwd", "nchw", "float32", "1", "bnext", "1", "0.50", "", "", "0.50", "conv1 32x64x56x56"),
-        ("other", "fwd", "nchw", "float32", "2", "bnext", "1", "", "", "", "", ""),
+        ("nets", "bn", "fwd", "nchw", "float32", "2", "floor", "1", "", "100", "", "", ""),
+        ("nets", "bn", "fwd", "nchw", "float32", "2", "torch", "1", "1.00", "47.6", "", "1.00", "conv1 32x64x56x56"),
+        ("nets", "bn", "fwd", "nchw", "float32", "2", "bnext", "1", "2.10", "100", "", "2.10", "conv1 32x64x56x56"),
+        ("nets", "bn", "bwd", "nchw", "float32", "1", "bnext", "1", "0.50", "", "", "0.50", "conv1 32x64x56x56"),
+        ("other", "bn+relu", "fwd", "nchw", "float32", "2", "bnext", "1", "", "", "", "", ""),
     ]
 
 
@@ -219,12 +219,13 @@ def html(monkeypatch):
 def test_page_is_well_formed_and_complete(html):
     parsed = Page(html)
     head, *lines = parsed.tables["rows"]
-    assert head == ["suite", "mode", "layout", "dtype", "threads", *texts.COLUMNS]
+    assert head == ["suite", "op", "mode", "layout", "dtype", "threads", *texts.COLUMNS]
     assert lines == [
-        [row.case.suite, row.case.mode, "nchw", "float32", str(row.case.threads), *texts.cells(row)] for row in ROWS
+        [row.case.suite, row.case.op, row.case.mode, "nchw", "float32", str(row.case.threads), *texts.cells(row)]
+        for row in ROWS
     ]
     assert lines[3][-1] == DETAIL.replace("\n", " ")
-    assert [line[5] for line in parsed.tables["means"]] == ["backend", "floor", "torch", "bnext", "bnext", "bnext"]
+    assert [line[6] for line in parsed.tables["means"]] == ["backend", "floor", "torch", "bnext", "bnext", "bnext"]
     facts = dict(parsed.tables[None])
     assert facts == {
         **{key: ENVIRONMENT[key] for key in ("device", "bnext", "torch")},

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import bench.__main__ as command
-from bench import backends, plans, timing, verify
-from bench.cases import Case, make_inputs
+from bench import backends, peers, plans, timing, verify
+from bench.cases import MODES, OPS, Case, make_inputs
 from bench.timing import Budget, Spread
 from bnext import _C
 from bnext.gpus import GPUS
@@ -184,3 +184,33 @@ def test_inplace_abn_by_its_interface(monkeypatch):
     assert torch.equal(inputs.x, before)
     with pytest.raises(backends.Unsupported, match="cannot be repeated"):
         backends.candidate(backend, inputs, "bwd")
+    with pytest.raises(backends.Unsupported, match="has no ReLU"):
+        backends.candidate(backend, make_inputs((4, 6, 5, 3), torch.float32, "cpu", "bn+relu"), "fwd")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_apex_by_its_interface(op, monkeypatch):
+    """The adapter, with a stand-in of the package's module, which takes [N, H, W, C] and a second tensor to add."""
+
+    class StandIn(torch.nn.BatchNorm2d):
+        def __init__(self, channels, fuse_relu, bn_group):
+            super().__init__(channels)
+            self.fuse_relu = fuse_relu
+
+        def forward(self, x, z=None):
+            assert z is None or self.fuse_relu
+            y = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            y = y if z is None else y + z
+            return F.relu(y) if self.fuse_relu else y
+
+    name = "apex.contrib.groupbn.batch_norm"
+    for module in itertools.accumulate(name.split("."), "{}.{}".format):
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    sys.modules[name].BatchNorm2d_NHWC = StandIn
+    inputs = make_inputs((4, 6, 5, 3), torch.float32, "cpu", op).to(torch.channels_last)
+    with pytest.raises(backends.Unsupported, match="on CUDA"):
+        backends.candidate(backends.find("apex"), inputs, "fwd")
+    for mode in MODES:
+        expected = verify.oracle(inputs, mode)
+        each = backends.candidate(backends.Backend("apex", "", peers.apex), inputs, mode)
+        assert verify.fault("apex", each, expected, inputs, mode, {}) == ""

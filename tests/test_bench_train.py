@@ -51,9 +51,11 @@ def test_a_network_is_the_one_of_its_paper(make, parameters, norms, images, clas
     assert model(torch.randn(images)).shape == (2, classes)
 
 
-def test_resnet50_agrees_step_by_step(capsys):
-    assert train.train_resnet50("cpu", batch=4, steps=2, size=32) == []
+@pytest.mark.parametrize("fused", [False, True])
+def test_resnet50_agrees_step_by_step(fused, capsys):
+    assert train.train_resnet50("cpu", batch=4, steps=2, fused=fused, size=32) == []
     output = capsys.readouterr().out
+    assert output.startswith("fused: 49 of 53 batch norms\n" if fused else "\n step")
     steps = re.findall(rf"^ +(\d) +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER}$", output, re.MULTILINE)
     assert [step for step, *_ in steps] == ["1", "2", "3"]
     assert all(float(theirs) == pytest.approx(float(ours), rel=1e-3) for _, theirs, ours, *_ in steps)
@@ -62,15 +64,21 @@ def test_resnet50_agrees_step_by_step(capsys):
     assert gradients < ours <= 1.02 * theirs < 2 * gradients
 
 
-def test_digits_from_the_command_line(capsys):
+@pytest.mark.parametrize("words", [[], ["--fused"]])
+def test_digits_from_the_command_line(words, capsys):
     pytest.importorskip("sklearn")
-    assert train.run(options("--epochs", "3")) == 0
+    assert train.run(options("--epochs", "3", *words)) == 0
     output = capsys.readouterr().out
     assert f"bnext {bnext.__version__}, torch {torch.__version__} on " in output
     assert "; digits, batch 64, 1 thread\n" in output
+    assert ("fused: 7 of 9 batch norms\n" in output) == bool(words)
     epochs = re.findall(rf"^ +(\d) +{NUMBER} +{NUMBER} +{NUMBER}% +{NUMBER}%$", output, re.MULTILINE)
     assert [epoch for epoch, *_ in epochs] == ["1", "2", "3"]
     summary(output)
+
+
+def test_digits_that_are_not_learned_are_noticed(capsys):
+    pytest.importorskip("sklearn")
     assert train.run(options("--epochs", "1", "--batch", "1437", "--seed", "3")) == 1
     output = capsys.readouterr().out
     assert "; digits, batch 1437, 1 thread\n" in output
@@ -101,16 +109,32 @@ def test_a_wrong_batch_norm_is_noticed(plant, first_step, monkeypatch):
         return converted
 
     monkeypatch.setattr(bnext, "convert_batchnorm", planted)
-    faults = train.train_resnet50("cpu", batch=4, steps=2, size=32)
+    faults = train.train_resnet50("cpu", batch=4, steps=2, fused=False, size=32)
     assert faults[0].startswith(f"losses of step {first_step} differ by more than 0.1%: torch ")
     assert len(faults) == 4 - first_step
 
 
 def test_a_model_that_stays_torchs_is_noticed(monkeypatch):
     monkeypatch.setattr(bnext, "convert_batchnorm", lambda model: model)
-    faults = train.train_resnet50("cpu", batch=4, steps=1, size=32)
+    faults = train.train_resnet50("cpu", batch=4, steps=1, fused=False, size=32)
     assert faults.count("<class 'torch.nn.modules.batchnorm.BatchNorm2d'> was not converted") == 53
-    assert "bnext::batch_norm_backward was called 0 times for 53 layers" in faults
+    assert "bnext::batch_norm_train was called 0 times for 53 layers" in faults
+
+
+def test_a_model_that_is_not_fused_is_noticed(monkeypatch):
+    monkeypatch.setattr(bnext, "fuse_batchnorm_act", lambda model: model)
+    assert train.train_resnet50("cpu", batch=4, steps=1, fused=True, size=32) == ["no batch norm was fused"]
+
+
+def test_a_fused_batch_norm_that_runs_as_a_plain_one_is_noticed():
+    model = bnext.fuse_batchnorm_act(networks.small_resnet())
+    model[1].act = "identity"
+    faults = train._conversion_faults(model, torch.randn(4, 1, 8, 8), torch.arange(4), True)
+    ops = ("train", "backward", "eval")
+    assert faults == [
+        *(f"bnext::batch_norm_{op} was called 3 times for 2 layers" for op in ops),
+        *(f"bnext::batch_norm_act_{op} was called 6 times for 7 layers" for op in ops),
+    ]
 
 
 def test_loss_and_accuracy_faults():
@@ -150,7 +174,7 @@ def test_the_two_take_turns_at_going_first(monkeypatch):
         self.losses.append(0.0)
 
     monkeypatch.setattr(train._Trainee, "step", step)
-    pair = train._Pair(nn.BatchNorm2d(3), 1)
+    pair = train._Pair(nn.BatchNorm2d(3), 1, False)
     for _ in range(2):
         pair.step(None, None)
     assert order == [nn.BatchNorm2d, bnext.BatchNorm2d, bnext.BatchNorm2d, nn.BatchNorm2d]

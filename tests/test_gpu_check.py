@@ -1,4 +1,4 @@
-"""make gpu-check, as far as it goes without a GPU: its reports, its steps' verdicts, and what it says without one."""
+"""make gpu-check, as far as it goes without a GPU: its steps, their verdicts, and what it says without one."""
 
 import json
 import os
@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_gpu_report import FACTS, ROWS, report, rows, section
 
-from bench import gpu_check, options
-from bench.cases import Case
-from bench.gpu_check import Step
+from bench import gpu_bench, gpu_check, gpu_steps, options
 from bench.gpu_report import markdown
-from bench.rows import Row
+from bench.gpu_steps import Step
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,126 +25,13 @@ pytestmark = [
 
 STRATEGIES = ["streaming", "block", "cluster", "grid", "retained"]
 
-FACTS = {"date": "2026-01-02 03:04 UTC", "device": "Some GPU", "memory": 80 * 2**30, "l2_cache": 50 * 2**20}
-
-
-def rows(dtype="bfloat16", layout="nchw", mode="fwd", sizes=(64, 56, 56), suite="resnet50", faults=(), **microseconds):
-    """Of one case, as in the benchmark's JSON: those with figures, then a status and detail for each of faults."""
-    case = Case(suite, "some", (256, *sizes), 1, mode, layout, dtype, "cuda", 1)
-    found = [
-        Row(
-            case,
-            name.replace("_", "-"),
-            samples=(1e-6 * us,),
-            plan="one 8x128" if name == "bnext" else "",
-            passes=2.5 if name == "bnext" else None,
-        )
-        for name, us in microseconds.items()
-    ]
-    found += [Row(case, backend, status, detail) for backend, status, detail in faults]
-    return [row.as_dict() for row in found]
-
-
-ROWS = [
-    *rows(floor=100, bnext=200, torch=300, torch_native=400),
-    *rows(floor=50, bnext=100, torch=400, torch_native=300, sizes=(256, 56, 56)),
-    *rows(floor=80, bnext=100, torch=90, torch_native=100, mode="bwd"),
-    *rows(floor=80, bnext=100, torch=100, torch_native=80, layout="nhwc"),
-    *rows(
-        floor=80, torch=90, faults=[("bnext", "out of memory", "no 4 GiB"), ("torch-native", "wrong", "y")], mode="eval"
-    ),
-    *rows(floor=100, bnext=200, torch=300, torch_native=400, compile=150, suite="custom"),
-    *rows(floor=100, bnext=200, torch=300, faults=[("compile", "failed", "why")], suite="custom", sizes=(8, 4, 4)),
-]
-
-
-def report(steps=(), rows=ROWS):
-    return markdown({"schema": 2, "environment": FACTS, "steps": [vars(step) for step in steps], "rows": list(rows)})
-
-
-def section(page, heading):
-    """Its lines, without empty ones."""
-    found = page.partition(f"{heading}\n\n")[2].partition("\n\n#")[0].splitlines()
-    return [line for line in found if line]
-
-
-def test_markdown_of_rows():
-    page = report()
-    assert page.startswith("# bnext on Some GPU, 2026-01-02 03:04 UTC\n")
-    assert "- memory: 80 GiB\n- l2 cache: 50 MiB" in page
-    ratios = "torch / bnext | torch-native / bnext | bnext / floor"
-    # 2 x 256 x 64 x 56 x 56 x 2 bytes in 200 us are 1028 GB/s
-    assert section(page, "### bfloat16, nchw, fwd") == [
-        f"| shape | torch | torch-native | bnext | floor | GB/s | {ratios} | passes | plan |",
-        f"| --- |{' ---: |' * 10}",
-        "| 256x64x56x56 | 300.0 | 400.0 | 200.0 | 100.0 | 1028 | 1.50 | 2.00 | 2.00 | 2.5 | one 8x128 |",
-        "| 256x256x56x56 | 400.0 | 300.0 | 100.0 | 50.0 | 8221 | 4.00 | 3.00 | 2.00 | 2.5 | one 8x128 |",
-        "| geometric mean |  |  |  |  |  | 2.45 | 2.45 | 2.00 |  |  |",
-    ]
-    assert section(page, "### bfloat16, nchw, eval")[2:] == [
-        "| 256x64x56x56 | 90.0 |  |  | 80.0 |  |  |  |  |  |  |",
-        "| geometric mean |  |  |  |  |  |  |  |  |  |  |",
-    ]
-    beside = page.partition("## Beside torch.compile")[2]
-    assert section(beside, "### bfloat16, nchw, fwd")[2:] == [
-        "| 256x64x56x56 | 300.0 | 400.0 | 150.0 | 200.0 | 100.0 | 1028 | 1.50 | 2.00 | 0.75 | 2.00 | 2.5 | one 8x128 |",
-        "| 256x8x4x4 | 300.0 |  |  | 200.0 | 100.0 | 1 | 1.50 |  |  | 2.00 | 2.5 | one 8x128 |",
-        "| geometric mean |  |  |  |  |  |  | 1.50 | 2.00 | 0.75 | 2.00 |  |  |",
-    ]
-    assert section(page, "## Where bnext is slower than torch") == [
-        "2 of 6 cases.",
-        "- bfloat16 256x64x56x56 nchw bwd: torch / bnext 0.90",
-        "- bfloat16 256x64x56x56 nhwc fwd: torch-native / bnext 0.80",
-    ]
-    assert section(page, "## Rows without figures") == [
-        "- bfloat16 256x64x56x56 nchw eval bnext: out of memory: no 4 GiB",
-        "- bfloat16 256x64x56x56 nchw eval torch-native: wrong: y",
-        "- bfloat16 256x8x4x4 nchw fwd compile: failed: why",
-    ]
-
-
-def forced(strategy, plan, microseconds, **case):
-    (row,) = rows(bnext=microseconds, **case)
-    return row | {"strategy": strategy, "plan": plan}
-
-
-def test_markdown_of_strategies():
-    """Each in its column; the planner's choice comes from the row that nobody forced, and so do all other tables."""
-    small = {"sizes": (64, 7, 7)}
-    found = [
-        *ROWS,
-        forced("streaming", "streaming 264x256", 250),
-        forced("grid", "grid 264x256", 150),
-        forced("block", "grid 264x256", 150),  # not possible: the planner's choice ran
-        forced("streaming", "streaming 132x256", 20, **small),
-        forced("block", "block 132x256", 10, **small),
-    ]
-    page = report(rows=found)
-    strategies = page.partition("## Strategies")[2]
-    assert section(strategies, "### bfloat16, nchw, fwd") == [
-        "| shape | streaming | grid | block | chosen | floor / bnext |",
-        f"| --- |{' ---: |' * 5}",
-        "| 256x64x56x56 | 250.0 | 150.0 |  | one | 0.50 |",
-        "| 256x64x7x7 | 20.0 |  | 10.0 |  |  |",
-    ]
-    assert page.partition("## Strategies")[0].strip() == report().strip()
-
-
-def test_markdown_of_steps():
-    page = report([Step("build", "passed", 61.4, "for 9.0"), Step("suite", "failed", 3.0, "1 failed", ["a.py::b"])], [])
-    assert "| build | passed | 61 | for 9.0 |" in page
-    assert "## Tests that failed\n\n- a.py::b\n" in page
-    assert "None measured." in page
-    assert "0 of 0 cases." in page
-    assert "Tests that failed" not in report()
-
 
 @pytest.mark.parametrize(
     ("script", "code"), [("print('hello')", 0), ("raise SystemExit(3)", 3), ("import time; time.sleep(60)", None)]
 )
 def test_a_command_ends_in_time_and_leaves_its_output(script, code, tmp_path):
     log = tmp_path / "log"
-    found, seconds = gpu_check.execute([sys.executable, "-c", script], log, 1.0 if code is None else 60.0)
+    found, seconds = gpu_steps.execute([sys.executable, "-c", script], log, 1.0 if code is None else 60.0)
     assert found == code
     assert seconds < 30
     assert log.read_text() == ("hello\n" if code == 0 else "")
@@ -226,8 +112,8 @@ def test_the_runs_of_the_benchmark_share_the_time(monkeypatch, tmp_path):
             Path(args.json).write_text(json.dumps({"schema": 1, "rows": found}))
         return 0 if len(asked) < 4 else None, 1.0
 
-    monkeypatch.setattr(gpu_check, "execute", execute)
-    steps, kept = gpu_check.measurements(tmp_path, time.monotonic() + 200)
+    monkeypatch.setattr(gpu_bench, "execute", execute)
+    steps, kept = gpu_bench.measured(gpu_bench.runs(), tmp_path, time.monotonic() + 200)
     assert [(step.name, step.status, step.detail) for step in steps] == [
         ("bench bfloat16", "passed", "1 of 72 cases measured; logs/bench-0.log"),
         ("bench float16", "passed", "0 of 72 cases measured; logs/bench-1.log"),
@@ -254,23 +140,62 @@ def test_the_runs_of_the_benchmark_share_the_time(monkeypatch, tmp_path):
     assert {(args.device, args.min_time, args.timeout) for args, *_ in asked} == {("cuda", 0.25, 0.25)}
 
 
+def test_what_is_fused_is_compiled_side_by_side_and_then_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+
+    def execute(command, log, seconds, environment=None):
+        assert command[:3] == [sys.executable, "-m", "bench"]
+        args = options.parse("bench", command[3:])
+        asked.append((args, {case for group in options.groups(args) for case in group}))
+        return 0 if args.op != ["bn+add+relu"] or args.mode != ["bwd"] else None, 1.0
+
+    monkeypatch.setattr(gpu_bench, "execute", execute)
+    (step,) = gpu_bench.compiled(tmp_path, time.monotonic() + 60)
+    assert (step.name, step.status) == ("torch.compile", "timed out")
+    assert step.detail == "12 of 16 runs; logs/compile-*.log"
+    assert {(args.run_once, *(backend.name for backend in args.backend)) for args, _ in asked} == {(True, "compile")}
+    compiled = [case for _, cases in asked for case in cases]
+    asked.clear()
+    steps, kept = gpu_bench.measured(gpu_bench.fused_runs(), tmp_path, time.monotonic() + 200)
+    assert [(step.name, step.detail) for step in steps] == [
+        ("bench bfloat16, fused", "0 of 96 cases measured; logs/bench-0.log"),
+        ("bench float32, fused", "0 of 96 cases measured; logs/bench-1.log"),
+    ]
+    assert [[backend.name for backend in args.backend] for args, _ in asked] == [["bnext", "torch", "compile"]] * 2
+    timed = [case for _, cases in asked for case in cases]
+    assert len(timed) == len(compiled) == 2 * 96
+    assert set(timed) == set(compiled)
+    assert {(case.op, case.mode) for case in timed} == {
+        (op, mode) for op in ("bn+relu", "bn+add+relu") for mode in ("fwd", "bwd")
+    }
+    assert kept == []
+
+
+def test_nothing_is_needed_before_it_is_built():
+    command = [sys.executable, "-c", "import sys; sys.modules['bnext'] = None; import bench.gpu_check"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_the_benchmark_s_own_document_makes_a_report(tmp_path):
     file = tmp_path / "bench.json"
     words = "--shape 4,8,6,6 --mode fwd,bwd,eval --backend bnext,torch,torch-native --min-time 0 --timeout 0 --json"
     command = [sys.executable, "-m", "bench", *words.split(), str(file)]
-    assert gpu_check.execute(command, tmp_path / "log", 60.0)[0] == 0, (tmp_path / "log").read_text()
+    assert gpu_steps.execute(command, tmp_path / "log", 60.0)[0] == 0, (tmp_path / "log").read_text()
     page = report(rows=json.loads(file.read_text())["rows"])
     assert section(page, "## Where bnext is slower than torch")[0].endswith(" of 6 cases.")
     assert len(section(page, "## Rows without figures")) == 6  # torch-native
     for layout in ("nchw", "nhwc"):
         for mode in ("fwd", "bwd", "eval"):
-            cells = section(page, f"### float32, {layout}, {mode}")[2].strip("| ").split(" | ")
+            cells = section(page, f"### bn, float32, {layout}, {mode}")[2].strip("| ").split(" | ")
             assert cells[0] == "4x8x6x6"
             assert float(cells[8]) > 0  # bnext / floor
 
 
 @pytest.mark.parametrize("bad", [False, True])
-def test_a_failing_step_stops_nothing_and_fails_the_whole(bad, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_failing_step_stops_nothing_and_fails_the_whole(fused, bad, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "environment", lambda: FACTS)
 
@@ -281,12 +206,13 @@ def test_a_failing_step_stops_nothing_and_fails_the_whole(bad, monkeypatch, tmp_
 
     monkeypatch.setattr(gpu_check, "build", build)
     monkeypatch.setattr(gpu_check, "checks", lambda logs: [Step("memcheck", "not installed", 0.0)])
-    monkeypatch.setattr(gpu_check, "measurements", lambda logs, deadline: ([Step("bench", "passed", 9.0)], ROWS))
-    monkeypatch.setattr("sys.argv", ["gpu_check", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu_bench, "measured", lambda runs, logs, deadline: ([Step("bench", "passed", 9.0)], ROWS))
+    monkeypatch.setattr(gpu_bench, "compiled", lambda logs, deadline: [Step("compile", "passed", 9.0)])
+    monkeypatch.setattr("sys.argv", ["gpu_check", "--out", str(tmp_path), *["--fused"] * fused])
     assert gpu_check.main() == int(bad)
     written = json.loads((tmp_path / "gpu-report.json").read_text())
     assert written["schema"] == 2
-    assert [step["name"] for step in written["steps"]] == ["build", "memcheck", "bench"]
+    assert [step["name"] for step in written["steps"]] == ["build", "compile" if fused else "memcheck", "bench"]
     assert written["rows"] == ROWS
     assert (tmp_path / "gpu-report.md").read_text() == markdown(written)
     assert "bench" in capsys.readouterr().out

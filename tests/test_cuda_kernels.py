@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 # The tests of results; with --all, every test.
-NAMES = ("forward", "backward", "running_stats", "guarded", "errors", "ops", "module")
+NAMES = ("forward", "backward", "running_stats", "guarded", "errors", "ops", "module", "act", "act_module")
 PARITY = [f"tests/test_{name}.py" for name in NAMES]
 # One barrier of each kind, a bound, a tail, the counter, alignment, traffic.
 CUT = {
@@ -41,7 +41,7 @@ CUT = {
     "resident-reads-again",
 }
 
-CHECKS = [f"tests/cuda_on_cpu/{name}_checks.py" for name in ("kernel", "traffic")]
+CHECKS = [f"tests/cuda_on_cpu/{name}_checks.py" for name in ("kernel", "fused", "traffic")]
 Run = subprocess.Popen[str]
 
 

@@ -49,7 +49,7 @@ constexpr std::int64_t kLine = 64;  // bytes of a cache line
 // Bytes: BNEXT_CPU_LLC, or what Linux says. Throws std::invalid_argument if the variable is not a positive number.
 std::int64_t last_level_cache();
 
-// Whether output is better written past the caches: it exceeds a 32nd of the last one, which others use too, and
+// Whether output is better written past the caches: it exceeds an eighth of the last one, which others use too, and
 // rows are whole cache lines, or what the planes of a group have contiguous is so long that the lines at its ends do
 // not count.
 bool streams(const Problem& p, std::int64_t group);

@@ -95,7 +95,7 @@ std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int te
 
 bool streams(const Problem& p, std::int64_t group) {
   constexpr std::int64_t kLongRun = 1024, kPlane = 32;  // elements
-  const bool large = 32 * p.C * p.count() * itemsize(p.dtype) > last_level_cache();
+  const bool large = 8 * p.C * p.count() * itemsize(p.dtype) > last_level_cache();
   if (p.layout == Layout::channels_last) return large && Row(p.C).width() * itemsize(p.dtype) % kLine == 0;
   return large && p.S >= kPlane && (group ? group : p.C) * p.S >= kLongRun;
 }

@@ -36,7 +36,7 @@ struct Backward {
   static constexpr bool kAny = kAfter == After::any, kGates = kAfter != After::nothing && !kAny;
   static constexpr bool kMasks = kAfter == After::relu_of_mask || kAny, kRecomputes = kAfter == After::relu || kAny;
   enum Factor { kMean, kScale, kGradMean, kProjection, kBias };
-  static constexpr int kFactors = kRecomputes ? 5 : 4;
+  static constexpr int kFactors = backward_factors(kAfter);
 
   const Params& p;
   const Work& w;

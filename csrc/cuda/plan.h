@@ -71,6 +71,11 @@ constexpr bool has_relu(bool whole, std::int64_t element) {
   return whole && element < 8;
 }
 
+// Numbers that the backward's apply needs of each channel: with those of which it computes the argument again.
+constexpr int backward_factors(After after) {
+  return after == After::relu || after == After::any ? 5 : 4;
+}
+
 // What is asked of the device.
 struct Request : Problem {
   bool backward;
@@ -228,7 +233,7 @@ struct Workspace {
     const std::int64_t real = r.dtype == DType::float64 ? 8 : 4, partial = r.partial();
     work = (v.planar ? threads / 32 : std::max(threads / 2, v.planes ? width : 0) * v.columns) * partial;
     sums = v.channels(width) * partial * (cluster ? 2 : 1);
-    factors = v.channels(width) * (r.recomputes() ? 5 : 4) * real;
+    factors = v.channels(width) * (r.backward ? backward_factors(r.after(v.whole)) : 4) * real;
   }
   std::int64_t total() const { return work + sums + factors; }
 };

@@ -208,6 +208,8 @@ def test_traffic(op, act, adds, again, once, strategy, layout, dtype):
     times = {**once, **again}
     if strategy == "streaming":
         times |= {name: (2 * reads, writes) for name, (reads, writes) in again.items()}
+    if dtype == torch.float64 and again.get("mask") == (1, 0):
+        times["mask"] = (2, 0)  # by any activation's kernel, which keeps dy and not what of it passes
     elements, size = math.prod(shape), math.prod(shape) * dtype.itemsize
     sizes = {name: elements // 8 if name == "mask" else size for name in times}
     assert planned["read"] == sum(sizes[name] * reads for name, (reads, _) in times.items())

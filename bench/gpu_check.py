@@ -109,7 +109,9 @@ def checks(logs: Path) -> list[Step]:
     deadline = time.monotonic() + _CHECK_SECONDS
     own = ROOT / "tests" / "test_gpu.py"
     suite = [file for file in sorted((ROOT / "tests").glob("test_*.py")) if file != own]
-    results = [ROOT / "tests" / f"test_{name}.py" for name in ("forward", "backward", "running_stats", "guarded")]
+    results = [
+        ROOT / "tests" / f"test_{name}.py" for name in ("forward", "backward", "running_stats", "guarded", "act")
+    ]
     workers = max(1, min(8, (os.cpu_count() or 1) // 2))
     with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(32) as steps:
         found = [

@@ -21,7 +21,7 @@ SCHEDULES = [("fwd", 0), ("rev", 0), ("rand", 1), ("warp", 2)]
 ALL = [True, True, True, True]
 
 # Bytes of a mask that are one thread's, two's, and four's; that planes and rows share; slabs of several planes.
-SHAPES = [(4, 8, 8, 8), (5, 16, 7, 7), (3, 5, 13, 11), (37, 3), (2, 134)]
+SHAPES = [(4, 8, 8, 8), (5, 16, 7, 7), (4, 3, 6, 6), (3, 5, 13, 11), (37, 3), (2, 134)]
 SHARED = [
     ("cluster", {}, (48, 8, 7, 7), "contiguous"),
     ("cluster", TWO, (8, 5, 31, 33), "contiguous"),
@@ -127,6 +127,19 @@ def test_results_of_shared_slabs(act, adds, strategy, gpu, shape, layout):
     emulated.module.force(strategy)
     compare(shape, (torch.bfloat16, torch.float32), layout, act, adds, True)
     assert emulated.module.planned()["strategy"] == strategy
+
+
+def test_a_byte_of_the_mask_is_not_split():
+    """Slots of four elements, of which a split would have an odd number."""
+    assert emulated.module is not None
+    emulated.reset(**TEN)
+    emulated.module.force("grid")
+    shape = (3, 2, 72, 72)
+    compare(shape, (torch.float32, torch.float32), "contiguous", "relu", True, True)
+    x, residual = (values(shape, torch.float32, "contiguous") for _ in range(2))
+    output, *_, mask = train(x, residual, "relu", channel_arguments(2, torch.float32))
+    assert emulated.module.planned()["splits"] == 10
+    assert torch.equal(bits(mask, x.numel()).bool(), output.flatten() != 0)
 
 
 @by_residual

@@ -108,8 +108,8 @@ csrc/cuda/forward.cuh cuda_on_cpu/traffic_checks::test_traffic
 
 kept-apart: the place of x in shared memory runs into that of dy
 csrc/cuda/backward.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits
-- w.cache_bytes / static_cast<int>(2 * sizeof(Pack<T, kPack>));
-+ w.cache_bytes / static_cast<int>(4 * sizeof(Pack<T, kPack>));
+- w.cache_bytes / static_cast<int>(w.inputs * sizeof(Pack<T, kPack>))
++ w.cache_bytes / static_cast<int>(2 * w.inputs * sizeof(Pack<T, kPack>))
 
 written-by-every-block: each block of a group updates the running statistics
 csrc/cuda/driver.cuh cuda_on_cpu/kernel_checks::test_every_order_gives_the_same_bits_of_shared_slabs
@@ -195,6 +195,47 @@ kept-in-part-read-whole: what a block keeps in part is read again as a whole
 csrc/cuda/forward.cuh cuda_on_cpu/traffic_checks::test_traffic_of_what_is_kept_in_part
 - const int kept = kResident ? min(w.held, tile.size()) : 0;
 + const int kept = w.strategy != Strategy::retained ? min(w.held, tile.size()) : 0;
+
+mask-of-neighbours-lost: of a byte's bits only the first thread's are written
+csrc/cuda/tile.cuh cuda_on_cpu/fused_checks::test_results_of_resident_slabs
+- << (lanes * kPack);
++ << 8;
+
+mask-overwritten: bits of others in a word are written over
+csrc/cuda/tile.cuh cuda_on_cpu/fused_checks::test_every_order_gives_the_same_bits
+-     atomicOr(word, (bits & all) << shift);
++     *word = (bits & all) << shift;
+
+mask-in-half-bytes: a byte of the mask is of two planes
+csrc/cuda/plan.h cuda_on_cpu/fused_checks::test_every_order_gives_the_same_bits
+- std::max<std::int64_t>(full, 8) : full;
++ full : full;
+
+mask-split-in-a-byte: a split ends within a byte of the mask
+csrc/cuda/plan.h cuda_on_cpu/fused_checks::test_a_byte_of_the_mask_is_not_split
+- return round_up(ceil_div(length(), splits), grain);
++ return ceil_div(length(), splits);
+
+mask-read-again: what of a kept gradient passes is asked once more
+csrc/cuda/backward.cuh cuda_on_cpu/fused_checks::test_traffic
+-     if (kAny && p.mask) packs.passes
++     if (kMasks) packs.passes
+
+gate-open: what ReLU did not let pass has a gradient
+csrc/cuda/backward.cuh cuda_on_cpu/fused_checks::test_results_of_resident_slabs
+-             gate(packs[u], c + i, factor);
+-             const A dz
++             const A dz
+
+no-room-for-bias: the factors run beyond their memory
+csrc/cuda/plan.h cuda_on_cpu/fused_checks::test_every_order_gives_the_same_bits
+- after == After::any ? 5 : 4;
++ after == After::any ? 4 : 4;
+
+residual-gradient-of-dy: grad_residual is the gradient of the output
+csrc/cuda/backward.cuh cuda_on_cpu/fused_checks::test_results_of_resident_slabs
+- dz[j] = gradient(packs, j);
++ dz[j] = widen(packs.dy.element[j]);
 """
 
 MUTATIONS = [parse(block) for block in _TABLE.strip().split("\n\n")]

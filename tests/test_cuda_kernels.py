@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 # The tests of results; with --all, every test.
-NAMES = ("forward", "backward", "running_stats", "guarded", "errors", "ops", "module", "act", "act_module")
+NAMES = ("forward", "backward", "running_stats", "guarded", "errors", "ops", "module", "act")
 PARITY = [f"tests/test_{name}.py" for name in NAMES]
 # One barrier of each kind, a bound, a tail, the counter, alignment, traffic.
 CUT = {

@@ -271,6 +271,8 @@ FourTensors batch_norm_act_backward(const Tensor& grad_output, const Tensor& inp
   check::like_input("residual", residual, input, output_format(input));
   const Act activation = check::activation(act);
   check::mask(mask, input, activation);
+  TORCH_CHECK_VALUE(!(output_mask[3] && activation == Act::identity),
+                    "expected output_mask[3] to be False for identity, after which grad_residual is grad_output");
   check::channels("bias", bias, input, check::param_dtype(input, {&weight, &bias}));
   return backward<Backend>(grad_output, input, weight, mean, invstd, training, output_mask,
                            {bias, residual, mask, activation, slope});

@@ -22,7 +22,7 @@ def everything(device: str) -> int:
     """Runs it all once; how many calls of ops that were."""
     calls = 0
     for shape, dtypes, layout in itertools.product(SMALL + LARGER, DTYPES, LAYOUTS):
-        x, dy = (values(shape, dtypes[0], layout).to(device) for _ in range(2))
+        x, dy, residual = (values(shape, dtypes[0], layout).to(device) for _ in range(3))
         weight, bias, mean, var = (t.to(device) for t in channel_arguments(shape[1], dtypes[1]).values())
         counter = torch.tensor(3, device="cpu").to(device)
         saved = bnext.ops.batch_norm_train(x, weight, bias, mean, var, counter, None, 1e-5)[1:]
@@ -31,6 +31,16 @@ def everything(device: str) -> int:
         for training, mask in ((True, [True] * 3), (False, [True] * 3), (True, [True, False, False])):
             bnext.ops.batch_norm_backward(dy, x, weight, *saved, training, mask)
         calls += 6
+        for act, added in (("relu", None), ("relu", residual), ("silu", residual)):
+            after = (added, act, 0.0, added is not None)
+            *_, mask = bnext.ops.batch_norm_act_train(x, weight, bias, None, None, None, 0.1, 1e-5, *after)
+            bnext.ops.batch_norm_act_eval(x, weight, bias, mean, var, 1e-5, *after)
+            again = added if mask is None else None
+            for training in (True, False):
+                wanted = [True, True, True, added is not None]
+                rest = (*saved, again, mask, training, act, 0.0, wanted)
+                bnext.ops.batch_norm_act_backward(dy, x, weight, bias, *rest)
+            calls += 4
     return calls
 
 

@@ -289,3 +289,13 @@ def test_a_relu_is_differentiated_by_its_residual_too():
         for kept in ((None, mask), (residual, None))
     ]
     torch.testing.assert_close(*grads)
+
+
+def test_the_gradient_of_a_residual_after_identity_is_refused():
+    """It is that of the output: an op would copy it."""
+    x = torch.randn(4, 5, 6)
+    _, mean, invstd, _ = ops.batch_norm_act_train(
+        x, None, None, None, None, None, 0.1, 1e-5, x, "identity", 0.0, False, None
+    )
+    with pytest.raises(ValueError, match=r"expected output_mask\[3\] to be False for identity"):
+        ops.batch_norm_act_backward(x, x, None, None, mean, invstd, None, None, True, "identity", 0.0, [True] * 4)

@@ -27,6 +27,7 @@ SHAPE = (32, 64, 14, 14)
 MODELS = {
     "layer": lambda momentum: nn.Sequential(bnext.BatchNorm2d(64, momentum=momentum)),
     "guarded": lambda momentum: nn.Sequential(bnext.BatchNorm2d(64, momentum=momentum, skip_nonfinite=True)),
+    "fused": lambda momentum: nn.Sequential(bnext.BatchNormAct2d(64, momentum=momentum)),
     "network": lambda momentum: nn.Sequential(
         nn.Conv2d(64, 32, 3, bias=False),
         bnext.BatchNorm2d(32, momentum=momentum),

@@ -96,7 +96,7 @@ def test_what_the_sanitizers_watch_runs():
     command = [sys.executable, "tests/small_shapes.py", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=120)
-    assert result.stdout == "1224 calls on cpu\n"
+    assert result.stdout == "3672 calls on cpu\n"
 
 
 def test_the_runs_of_the_benchmark_share_the_time(monkeypatch, tmp_path):

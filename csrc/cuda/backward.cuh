@@ -32,7 +32,7 @@ struct Backward {
   static constexpr Kind kKind{kResident, true, Tile::kPlanar, Tile::kWhole, sizeof(T), kAfter};
   static constexpr int kUnroll = unroll(kKind);
   // How dz comes from dy. ReLU's is dy or 0, so that it can take dy's place at once, and be kept; others are computed
-  // where they are used.
+  // beside it, from what is kept or read again.
   static constexpr bool kAny = kAfter == After::any, kGates = kAfter != After::nothing && !kAny;
   static constexpr bool kMasks = kAfter == After::relu_of_mask || kAny, kRecomputes = kAfter == After::relu || kAny;
   enum Factor { kMean, kScale, kGradMean, kProjection, kBias };

@@ -50,6 +50,7 @@ LARGE = [
     (130, 9, 23, 41),  # more blocks than chunks
     (40000, 3),  # many rows
     (3, 4099),  # many channels
+    (2, 1024, 16, 20),  # rows of several stretches in a block
     (20, 9001, 2, 2),
     (2, 16, 8, 17, 19),
 ]

@@ -42,8 +42,11 @@ struct Products {
     return math::products(to<V>(gradient.of(own, in<C>(dy), in<C>(x), added...)), x, k[0]);
   }
   static void set_shared(const BackwardParams& p, int64_t c, A* shared, int64_t stride) {
-    const auto all = of_forward<C>(p, c);
-    for (int i = 0; i < kShared; ++i) shared[i * stride] = static_cast<A>(all.factors[i]);
+    shared[0] = static_cast<A>(static_cast<const C*>(p.mean)[c]);
+    if constexpr (kShared > 1) {
+      const auto all = of_forward<C>(p, c);
+      for (int i = 1; i < kShared; ++i) shared[i * stride] = static_cast<A>(all.factors[i]);
+    }
   }
 
   static Sum planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t c) {
@@ -135,9 +138,10 @@ struct Sums {
     Way::rows(p, tiling, k, sums);
     if constexpr (sizeof...(Others) > 0) {
       const int64_t width = Row(p.C).width();
+      const double count = static_cast<double>(tiling.chunk_count(k));
       std::unique_ptr<double[]> others;
       for (int64_t c = 0; c < p.C; ++c) {
-        if (Way::trusted(p, c, sums[width + c], static_cast<double>(tiling.chunk_count(k)))) continue;
+        if (Way::trusted(p, c, sums[width + c], count)) continue;
         if (!others) {
           others.reset(new double[2 * width]);
           Sums<Others...>::rows(p, tiling, k, others.get());
@@ -213,21 +217,24 @@ void backward_reduce(const BackwardParams& p, const Tiling& tiling, const Scratc
 template <class T>
 void backward_finish(const BackwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels) {
   using A = Compute<T>;
+  const Row row(p.C);
   const double count = static_cast<double>(p.count());
+  for (int64_t k = 1; p.reduces() && k < tiling.chunks; ++k)  // the sums of chunk 0 become those of all
+    for (int t = 0; t < 2; ++t)
+      for_channels(t * p.C + channels.begin, t * p.C + channels.end, [&](int64_t i, auto zero) {
+        using V = decltype(zero);
+        put(scratch.partials + i, get<V>(scratch.partials + i) + get<V>(scratch.partials + 2 * k * p.C + i));
+      });
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     const A invstd = static_cast<const A*>(p.invstd)[c];
-    double sum_dz = 0, sum_dz_xmu = 0;
-    for (int64_t k = 0; p.reduces() && k < tiling.chunks; ++k) {
-      const double* partial = scratch.partials + 2 * k * p.C + c;
-      sum_dz += partial[0];
-      sum_dz_xmu += partial[p.C];
-    }
+    const double sum_dz = p.reduces() ? scratch.partials[c] : 0;
+    const double sum_dz_xmu = p.reduces() ? scratch.partials[p.C + c] : 0;
     if (p.grad_bias) write(p.grad_bias, p.param_dtype, c, sum_dz);
     if (p.grad_weight) write(p.grad_weight, p.param_dtype, c, math::grad_weight(sum_dz_xmu, invstd));
     const A grad_mean = static_cast<A>(sum_dz / count);
     const A projection = static_cast<A>(math::projection(sum_dz_xmu, invstd, count));
     const auto [mean, scale, bias] = of_forward<A>(p, c).factors;
-    put_factors<T, kBackwardFactors>(p, scratch, c, {mean, scale, bias, grad_mean, projection});
+    put_factors<T, kBackwardFactors>(p.layout, row, scratch.factors, c, {mean, scale, bias, grad_mean, projection});
   }
 }
 

@@ -71,17 +71,15 @@ int64_t factor_at(int64_t j, int64_t i) {
 }
 // Sets the factors of channel c; planar, those of a channel lie side by side.
 template <class T, int factor_count>
-void put_factors(const Problem& p, const Scratch& scratch, int64_t c, const Compute<T> (&factors)[factor_count]) {
-  auto* all = static_cast<Compute<T>*>(scratch.factors);
-  if (p.layout == Layout::planar) {
-    std::copy_n(factors, factor_count, all + c * factor_count);
+void put_factors(Layout layout, const Row& row, void* all, int64_t c, const Compute<T> (&factors)[factor_count]) {
+  auto* const to = static_cast<Compute<T>*>(all);
+  if (layout == Layout::planar) {
+    std::copy_n(factors, factor_count, to + c * factor_count);
     return;
   }
-  for (int64_t r = 0; r < Row(p.C).repeats; ++r)
-    for (int j = 0; j < factor_count; ++j) all[factor_at<T, factor_count>(j, r * p.C + c)] = factors[j];
+  for (int64_t i = c; i < row.width(); i += row.C)
+    for (int j = 0; j < factor_count; ++j) to[factor_at<T, factor_count>(j, i)] = factors[j];
 }
-
-constexpr int64_t kAhead = 16384;  // bytes from what is read to what is asked for
 
 // out[i] = f(factors, in[i]...) for i in [0, size); out and in are arrays of T or, as the rest below, places of
 // tensors.h.
@@ -146,33 +144,35 @@ void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, 
   piecewise(done, runs * size);
 }
 
-// The same for `rows` rows of `width` elements, side by side, so that factors are loaded once for all: column c is
-// channel c's. All loads come before the stores: rows that are a multiple of 4 KB apart would otherwise wait for one
-// another. Prefetchers lose their way between rows, so the next ones are asked for in order of memory.
+// The same for the first `width` columns of `rows` rows that are `apart` elements apart, so that factors are loaded
+// once for all: column c is channel c's. All loads come before the stores: rows that are a multiple of 4 KB apart would
+// otherwise wait for one another.
 template <bool streaming, class T, int factor_count, int rows, class A, class F, class Out, class... In>
-void map_rows(const A* factors, int64_t width, F f, Out out, In... in) {
+void map_rows(const A* factors, int64_t width, int64_t apart, F f, Out out, In... in) {
   constexpr int kLanes = lanes<A>, kParts = parts<A, T>, kCount = kParts * kLanes;
-  const int64_t next = std::max(rows * width, kAhead / static_cast<int64_t>(sizeof(T)));
   int64_t c = 0;
   for (; c + kCount <= width; c += kCount) {
-    (prefetch<rows * kCount>(in + next + rows * c), ...);
+    unrolled<rows>([&](auto r) __attribute__((always_inline)) {
+      (prefetch<kCount>(in + r * apart + c + kAhead / static_cast<int64_t>(sizeof(T))), ...);
+    });
     decltype(f(static_cast<const Vec<A, kLanes>*>(nullptr), load_part<A, 0>(in)...)) result[rows][kParts];
     unrolled<kParts>([&](auto v) {
       Vec<A, kLanes> factor[factor_count];
       unrolled<factor_count>(
           [&](auto j) { factor[j] = load<A>(factors + c * factor_count + (v * factor_count + j) * kLanes); });
-      unrolled<rows>([&](auto r) { result[r][v] = f(factor, load_part<A, v>(in + r * width + c)...); });
+      unrolled<rows>([&](auto r) { result[r][v] = f(factor, load_part<A, v>(in + r * apart + c)...); });
     });
-    unrolled<rows>([&](auto r) { store_parts<streaming>(out + r * width + c, result[r]); });
+    unrolled<rows>([&](auto r) { store_parts<streaming>(out + r * apart + c, result[r]); });
   }
   for (; c < width; ++c) {
     A factor[factor_count];
     for (int j = 0; j < factor_count; ++j) factor[j] = factors[factor_at<T, factor_count>(j, c)];
-    for (int64_t i = c; i < rows * width; i += width) map_one<factor_count>(factor, 1, f, out + i, in + i...);
+    for (int r = 0; r < rows; ++r) map_one<factor_count>(factor, 1, f, out + r * apart + c, in + r * apart + c...);
   }
 }
 
-// out[i] = f(factors of i's channel, in[i]...) for a range of each channel's values, in order of memory.
+// out[i] = f(factors of i's channel, in[i]...) for a range of each channel's values: planes in order of memory, and of
+// rows stretch after stretch, of which prefetchers follow a few parts at once, but not neighbouring rows.
 template <bool streaming, class T, int factor_count, class F, class Out, class... In>
 void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Range values, F f, Out out, In... in) {
   const auto* factors = static_cast<const Compute<T>*>(scratch.factors);
@@ -192,12 +192,13 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
     return;
   }
   constexpr int kRows = 4;
-  const int64_t width = Row(p.C).width(), end = values.end * p.C;
+  const int64_t width = Row(p.C).width(), end = values.end * p.C, stretch = stretch_rows<T>(width);
   int64_t i = values.begin * p.C;
-  for (; i + kRows * width <= end; i += kRows * width)
-    map_rows<streaming, T, factor_count, kRows>(factors, width, f, out + i, in + i...);
-  for (; i + width <= end; i += width) map_rows<streaming, T, factor_count, 1>(factors, width, f, out + i, in + i...);
-  if (i < end) map_rows<streaming, T, factor_count, 1>(factors, end - i, f, out + i, in + i...);
+  for (int64_t apart; (apart = std::min(stretch, (end - i) / width) / kRows * width) > 0; i += kRows * apart)
+    for (int64_t at = i; at < i + apart; at += width)
+      map_rows<streaming, T, factor_count, kRows>(factors, width, apart, f, out + at, in + at...);
+  for (int64_t size; (size = std::min(width, end - i)) > 0; i += size)
+    map_rows<streaming, T, factor_count, 1>(factors, size, 0, f, out + i, in + i...);
 }
 
 template <class T, int factor_count, class F, class Out, class... In>

@@ -61,23 +61,24 @@ void forward_reduce(const ForwardParams& p, const Tiling& tiling, const Scratch&
 
 // The moments of chunk 0 become those of all chunks.
 inline void combine_chunks(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels) {
-  for_channels(channels.begin, channels.end, [&](int64_t c, auto zero) {
-    using V = decltype(zero);
-    auto moments = get_moments<V>(scratch.partials + c, p.C);
-    double count = static_cast<double>(tiling.chunk_count(0));
-    for (int64_t k = 1; k < tiling.chunks; ++k) {
-      const double n = static_cast<double>(tiling.chunk_count(k));
+  double count = static_cast<double>(tiling.chunk_count(0));
+  for (int64_t k = 1; k < tiling.chunks; ++k) {
+    const double n = static_cast<double>(tiling.chunk_count(k));
+    for_channels(channels.begin, channels.end, [&](int64_t c, auto zero) {
+      using V = decltype(zero);
+      auto moments = get_moments<V>(scratch.partials + c, p.C);
       math::chan_combine(moments, count, get_moments<V>(scratch.partials + 3 * k * p.C + c, p.C), n);
-      count += n;
-    }
-    put_moments(scratch.partials + c, p.C, moments);
-  });
+      put_moments(scratch.partials + c, p.C, moments);
+    });
+    count += n;
+  }
 }
 
 template <class T>
 void forward_finish(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels) {
   using A = Compute<T>;
   if (p.training) combine_chunks(p, tiling, scratch, channels);
+  const Row row(p.C);
   const double count = static_cast<double>(p.count());
   const double factor =
       p.training && p.running_mean
@@ -97,7 +98,8 @@ void forward_finish(const ForwardParams& p, const Tiling& tiling, const Scratch&
     const A saved_mean = static_cast<A>(mean), invstd = static_cast<A>(math::invstd(var, p.eps));
     static_cast<A*>(p.mean)[c] = saved_mean;
     static_cast<A*>(p.invstd)[c] = invstd;
-    put_factors<T, kForwardFactors>(p, scratch, c, {saved_mean, scale_of(p, c, invstd), bias_of<A>(p, c)});
+    put_factors<T, kForwardFactors>(p.layout, row, scratch.factors, c,
+                                    {saved_mean, scale_of(p, c, invstd), bias_of<A>(p, c)});
   }
 }
 

@@ -38,7 +38,7 @@ class OfInputs {
  public:
   OfInputs(const BackwardParams& p, const Row& row) : factors_(new float[3 * (row.width() + kInRegister)]()) {
     for (int64_t c = 0; c < p.C; ++c)
-      put_factors<BFloat16, 3>(p, Scratch{nullptr, factors_.get(), false}, c, of_forward<float>(p, c).factors);
+      put_factors<BFloat16, 3>(p.layout, row, factors_.get(), c, of_forward<float>(p, c).factors);
   }
   OfInput columns(int64_t c) const {
     OfInput gate;

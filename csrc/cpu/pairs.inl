@@ -154,9 +154,11 @@ class PairRunSums {
 };
 
 // Over rows of `width` elements, one for each column. Two rows are interleaved, so that a lane has two elements of one
-// column. Tiles of rows as in RowSums.
+// column. Rows are taken in tiles that the nearest caches hold, since columns of a tile are summed one after the other;
+// the next tile is asked for in order of memory meanwhile.
 class PairRowSums {
   static constexpr int kMost = 16;  // rows summed in float32
+  static constexpr int64_t kTileBytes = 64 * 1024;
 
  public:
   explicit PairRowSums(int64_t width) : width_(width), columns_(new Columns[(width + kInRegister - 1) / kInRegister]) {}

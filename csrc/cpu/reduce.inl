@@ -13,8 +13,14 @@ using std::int64_t;
 template <class T>
 constexpr int kShort = sizeof(T) == sizeof(std::uint16_t) ? 8 : 4;
 
-// Of the rows whose columns are summed one after the other.
-constexpr int64_t kTileBytes = 64 * 1024;
+// Of rows, parts of which are read side by side; and from what is read to what is asked for.
+constexpr int64_t kStretchBytes = 256 * 1024, kAhead = 4096;
+
+// Rows of `width` elements of T in a stretch.
+template <class T>
+int64_t stretch_rows(int64_t width) {
+  return std::max<int64_t>(8, kStretchBytes / static_cast<int64_t>(width * sizeof(T)));
+}
 
 // `count` ones in the last elements of a vector of A's integers.
 template <class A>
@@ -142,13 +148,12 @@ class RunSums {
 
 // Sums over rows of `width` elements, one for each column: those of term t go into sums[t * width + c]; the last row
 // may be short. f, which makes factors, also gets what all rows share, for column c channel[i * width + c], i of [0,
-// shared_count). Rows are taken in tiles that
-// the nearest caches hold, since columns of a tile are summed one after the other; the next tile is asked for in order
-// of memory meanwhile.
+// shared_count). Rows whose elements are summed in A are from `kMost` parts of a stretch, each part read in order of
+// memory: prefetchers follow that, and lose their way where neighbouring rows are read side by side.
 template <class A, class T, int shared_count = 1>
 class RowSums {
   static constexpr int kMost = kShort<T>, kLanes = lanes<A>, kParts = lanes<A> / lanes<double>;
-  static constexpr int kColumns = BNEXT_VECTOR_BYTES == 64 ? 4 : 2;  // vectors whose sums are in registers
+  static constexpr int kColumns = kLine / (kLanes * static_cast<int>(sizeof(T)));  // vectors of a cache line
   using Wide = Vec<double, lanes<double>>;
 
  public:
@@ -156,73 +161,55 @@ class RowSums {
 
   template <class F, class... P>
   void add(int64_t elements, F f, const A* channel, P... p) const {
-    const int64_t rows = elements / width_, row_bytes = width_ * static_cast<int64_t>(sizeof(T) * sizeof...(P));
-    const int64_t tile = std::max<int64_t>(8 / kMost, kTileBytes / row_bytes / kMost) * kMost;
+    const int64_t rows = elements / width_, stretch = stretch_rows<T>(width_);
     int64_t row = 0;
-    for (; row < rows; row += tile) add_tile(std::min(tile, rows - row), width_, true, f, channel, p + row * width_...);
-    if (const int64_t rest = elements % width_) add_tile(1, rest, false, f, channel, p + rows * width_...);
+    for (int64_t apart; (apart = std::min(stretch, rows - row) / kMost) > 0; row += kMost * apart)
+      for (int64_t r = row; r < row + apart; ++r)
+        add_rows<kMost>(width_, apart * width_, f, channel, p + r * width_...);
+    for (; row < rows; ++row) add_rows<1>(width_, 0, f, channel, p + row * width_...);
+    add_rows<1>(elements % width_, 0, f, channel, p + rows * width_...);
   }
 
  private:
-  // `size` columns of some rows.
-  template <class F, class... P>
-  void add_tile(int64_t rows, int64_t size, bool ahead, F f, const A* channel, P... p) const {
-    int64_t c = 0, asked = rows * width_;  // elements from p, in order of memory
-    ahead = ahead && size > kColumns * kLanes;
-    for (; c + kColumns * kLanes <= size; c += kColumns * kLanes)
-      ahead ? add_columns<kColumns, true>(rows, c, asked, f, channel + c, p...)
-            : add_columns<kColumns, false>(rows, c, asked, f, channel + c, p...);
-    for (; c + kLanes <= size; c += kLanes) add_columns<1, false>(rows, c, asked, f, channel + c, p...);
-    for (; c < size; ++c) {
-      A shared[shared_count];
-      for (int i = 0; i < shared_count; ++i) shared[i] = channel[i * width_ + c];
-      for (int64_t row = 0, length; row < rows; row += length) {
-        length = row + kMost <= rows ? kMost : 1;
-        A some[2] = {};
-        for (int64_t r = row; r < row + length; ++r) math::add(some, f(shared, element<A>(p, r * width_ + c)...));
-        for (int t = 0; t < 2; ++t) sums_[t * width_ + c] += static_cast<double>(some[t]);
-      }
-    }
-  }
-
-  template <int columns, bool ahead, class F, class... P>
-  void add_columns(int64_t rows, int64_t c, int64_t& asked, F f, const A* channel, P... p) const {
+  // The first `size` columns of `rows` rows that are `apart` elements apart.
+  template <int rows, class F, class... P>
+  void add_rows(int64_t size, int64_t apart, F f, const A* channel, P... p) const {
+    double* const sums = sums_;
     const int64_t width = width_;
-    int64_t next = asked;
-    Wide sum[columns][2][kParts];
-    each<columns>(sum, c, [](Wide& value, double* at) { std::memcpy(&value, at, sizeof(value)); });
-    Vec<A, kLanes> shared[columns][shared_count];
-#pragma GCC unroll 4
-    for (int v = 0; v < columns; ++v)
-#pragma GCC unroll 3
-      for (int i = 0; i < shared_count; ++i) shared[v][i] = load<A>(channel + i * width + v * kLanes);
-    const auto step = [&](auto length, int64_t first) {
-#pragma GCC unroll 4
-      for (int v = 0; v < columns; ++v) {
-        if (ahead) (prefetch<length * kLanes>(p + next + v * length * kLanes), ...);
-        Vec<A, kLanes> some[2] = {};
-        for (int u = 0; u < length; ++u) math::add(some, f(shared[v], load<A>(p + first + u * width + v * kLanes)...));
-#pragma GCC unroll 2
-        for (int t = 0; t < 2; ++t) add_in_double(sum[v][t], some[t]);
-      }
-      next += columns * length * kLanes;
+    const auto vector = [&](int64_t c) __attribute__((always_inline)) {
+      Vec<A, kLanes> shared[shared_count], some[2];
+      unrolled<shared_count>([&](auto i) { shared[i] = load<A>(channel + i * width + c); });
+      unrolled<rows>([&](auto r) {
+        const auto factors = f(shared, load<A>(p + r * apart + c)...);
+        if constexpr (r == 0) {
+          some[0] = factors.first;
+          some[1] = factors.first * factors.second;
+        } else {
+          math::add(some, factors);
+        }
+      });
+      unrolled<2>([&](auto t) {
+        Wide sum[kParts];
+        double* const at = sums + t * width + c;
+        unrolled<kParts>([&](auto i) { std::memcpy(&sum[i], at + i * lanes<double>, sizeof(Wide)); });
+        add_in_double(sum, some[t]);
+        unrolled<kParts>([&](auto i) { std::memcpy(at + i * lanes<double>, &sum[i], sizeof(Wide)); });
+      });
     };
-    int64_t row = 0, first = c;
-    for (; row + kMost <= rows; row += kMost, first += kMost * width) step(std::integral_constant<int, kMost>{}, first);
-    for (; row < rows; ++row, first += width) step(std::integral_constant<int, 1>{}, first);
-    asked = next;
-    each<columns>(sum, c, [](Wide value, double* at) { std::memcpy(at, &value, sizeof(value)); });
-  }
-
-  template <int columns, class F>
-  void each(Wide (&sum)[columns][2][kParts], int64_t c, F f) const {
-#pragma GCC unroll 4
-    for (int v = 0; v < columns; ++v)
-#pragma GCC unroll 2
-      for (int t = 0; t < 2; ++t)
-#pragma GCC unroll 2
-        for (int part = 0; part < kParts; ++part)
-          f(sum[v][t][part], sums_ + t * width_ + c + v * kLanes + part * lanes<double>);
+    int64_t c = 0;
+    for (; c + kColumns * kLanes <= size; c += kColumns * kLanes) {
+      unrolled<rows>([&](auto r) __attribute__((always_inline)) {
+        (prefetch<1>(p + r * apart + c + kAhead / static_cast<int64_t>(sizeof(T))), ...);
+      });
+      unrolled<kColumns>([&](auto v) { vector(c + v * kLanes); });
+    }
+    for (; c + kLanes <= size; c += kLanes) vector(c);
+    for (; c < size; ++c) {
+      A shared[shared_count], some[2] = {};
+      for (int i = 0; i < shared_count; ++i) shared[i] = channel[i * width + c];
+      for (int r = 0; r < rows; ++r) math::add(some, f(shared, element<A>(p, r * apart + c)...));
+      for (int t = 0; t < 2; ++t) sums[t * width + c] += static_cast<double>(some[t]);
+    }
   }
 
   double* sums_;  // [2, width]

@@ -147,7 +147,7 @@ inline A element(const Gated<T>& p, std::int64_t i) {
   return read_bits<1>(p.mask, p.at + i) ? element<A>(p.values, i) : A(0);
 }
 template <class A, class T>
-inline Vec<A, lanes<A>> load(const Gated<T>& p) {
+[[gnu::always_inline]] inline Vec<A, lanes<A>> load(const Gated<T>& p) {
   using V = Vec<A, lanes<A>>;
   return lanes_of<V>(read_bits<lanes<A>>(p.mask, p.at)) ? load<A>(p.values) : V{};
 }

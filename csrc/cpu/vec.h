@@ -30,11 +30,11 @@ inline constexpr int lanes = BNEXT_VECTOR_BYTES / sizeof(C);
 // f(constant 0), f(constant 1), ...: a loop whose index is known to the compiler, so that arrays stay in
 // registers.
 template <class F, int... I>
-inline void unrolled([[maybe_unused]] F f, std::integer_sequence<int, I...>) {
+[[gnu::always_inline]] inline void unrolled([[maybe_unused]] F f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
 }
 template <int count, class F>
-inline void unrolled(F f) {
+[[gnu::always_inline]] inline void unrolled(F f) {
   unrolled(f, std::make_integer_sequence<int, count>{});
 }
 
@@ -252,11 +252,11 @@ inline V add(V a, V b) {
 }
 
 // Asks for the cache lines of `count` elements at p, for the second-level cache; an address that is not there is no
-// error.
+// error. Inlined at once, as everything around it must be: GCC drops calls of functions that do nothing else.
 template <int count, class T>
-inline void prefetch(const T* p) {
+[[gnu::always_inline]] inline void prefetch(const T* p) {
   constexpr int kLines = (count * sizeof(T) + 63) / 64;
-  unrolled<kLines>([&](auto i) { __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * i, 0, 2); });
+  for (int i = 0; i < kLines; ++i) __builtin_prefetch(reinterpret_cast<const char*>(p) + 64 * i, 0, 2);
 }
 
 }  // namespace bnext::cpu::BNEXT_ISA

@@ -248,10 +248,10 @@ csrc/cpu/backward.inl test_backward::test_affine
 - static_cast<double>(p.count());
 + static_cast<double>(p.N);
 
-backward-sums-in-half: a chunk's sum of grad_output is rounded to its dtype
+backward-sums-in-half: the sum of grad_output is rounded to its dtype
 csrc/cpu/backward.inl test_grid::test_cells
-- std::copy_n(sums.get() + t * width, p.C, scratch.partials + (2 * k + t) * p.C);
-+ for (int64_t c = 0; c < p.C; ++c) scratch.partials[(2 * k + t) * p.C + c] = to_float(from_float<T>(sums[t * width + c]));
+- const double sum_dz = p.reduces() ? scratch.partials[c] : 0;
++ const double sum_dz = p.reduces() ? to_float(from_float<T>(scratch.partials[c])) : 0;
 
 products-overflow-trusted: sums of products beyond float32 are taken for the gradients
 csrc/cpu/backward.inl test_backward::test_sizes

@@ -114,6 +114,25 @@ def test_denormal_gradients_in_bfloat16(layout, adds):
     compare((8, 40, 14, 14), (torch.bfloat16, torch.float32), layout, "relu", adds, True, dy_scale=1e-39)
 
 
+@pytest.mark.only("cpu", "CUDA kernels have statistics in float32")
+@by_residual
+@by_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_means_of_many_deviations(dtype, layout, adds):
+    """With gradients of all sizes whose sum is 0, all of which pass: sum(dz * x) - mean * sum(dz) would lose digits."""
+    x = in_layout((torch.randn(8, 9, 14, 14, dtype=torch.float64) + 100).to(dtype), layout)
+    half = torch.randn(2, 4, 9, 14, 14, dtype=torch.float64)
+    half = (half[0] * (2 * half[1]).exp()).to(dtype)
+    arguments = {"weight": torch.ones(9), "bias": torch.full((9,), 8.0), "training": True}
+    arguments["grad_output"] = in_layout(torch.cat([half, -half]), layout)
+    residual = torch.zeros_like(x) if adds else None
+    expected, sizes, z = oracle(x, residual, "relu", **arguments)
+    assert z.min() > 0
+    ours, theirs = (found(f, x, residual, "relu", **arguments) for f in (bnext.batch_norm_act, composed))
+    for name in ("grad_input", "grad_weight"):
+        assert_accurate(name, ours[name], theirs[name], expected[name], sizes.get(name, 0.0))
+
+
 SPECIAL = [0.0, -0.0, torch.nan, 6.0, -6.0, 3.0, -3.0, 1e-30, -1e-30, torch.inf, -torch.inf]
 
 

@@ -137,7 +137,7 @@ csrc/cpu/statistics.inl test_forward::test_hard_numbers
 
 shift-zero-channels-last: one-pass variance without a shift, channels last
 csrc/cpu/statistics.inl test_forward::test_hard_numbers
-- shift[c] = static_cast<A>(shift_of(sums[c], sums[row.width() + c], static_cast<double>(head)));
+- shift[c] = static_cast<A>(shift_of(sums[c], sums[row.width() + c], static_cast<double>(some)));
 + shift[c] = 0;
 
 shift-not-repeated: only the first of the rows taken together have their shift
@@ -168,6 +168,11 @@ sums-of-others-dropped: rows of channels that are not to be trusted are summed a
 csrc/cpu/statistics.inl test_forward::test_hard_numbers
 - if (trusted_ones == C) return moments;
 + if (trusted_ones <= C) return moments;
+
+moments-of-another-channel: of few channels that are not to be trusted the first is summed again
+csrc/cpu/statistics.inl test_forward::test_one_hard_channel_of_many
+- others ? get_moments<double>(&others[c], C) : wide_moments<T>(p, block, c));
++ others ? get_moments<double>(&others[c], C) : wide_moments<T>(p, block, 0));
 
 instructions-trusted: what bfloat16's instructions sum is always taken for the statistics
 csrc/cpu/statistics.inl@avx512bf16 test_backward::test_sizes

@@ -112,6 +112,17 @@ def test_hard_numbers(name, shape, dtype, layout):
     check(x, **channel_arguments(shape[1], dtype))
 
 
+@by_layout
+@by_wide_dtype
+@pytest.mark.parametrize("shape", [(8, 64, 14, 14), (1000, 64)], ids=str)
+@pytest.mark.parametrize("name", ["mean 1e20 spread 1e15", "tiny"])
+def test_one_hard_channel_of_many(name, shape, dtype, layout):
+    mean, spread = HARD[name]
+    x = torch.randn(shape, dtype=torch.float64)
+    x[:, 5] = x[:, 5] * spread + mean
+    check(in_layout(x.to(dtype), layout), **channel_arguments(shape[1], dtype))
+
+
 HARD_HALF = {
     "near overflow": (0, 0.4),  # parts of the largest float16
     "large mean near overflow": (0.9, 0.02),

@@ -169,6 +169,20 @@ class RowSums {
     for (; row < rows; ++row) add_rows<1>(width_, 0, f, channel, p + row * width_...);
     add_rows<1>(elements % width_, 0, f, channel, p + rows * width_...);
   }
+  // The same of `least` rows or a few more that are spread over them all, or of all where they are fewer; returns how
+  // many elements they have.
+  template <class F, class... P>
+  int64_t add_some(int64_t elements, int64_t least, F f, const A* channel, P... p) const {
+    const int64_t times = std::max<int64_t>(1, (least + kMost - 1) / kMost);
+    const int64_t apart = elements / width_ / (times * kMost);
+    if (apart == 0) {
+      add(elements, f, channel, p...);
+      return elements;
+    }
+    for (int64_t i = 0; i < times; ++i)
+      add_rows<kMost>(width_, times * apart * width_, f, channel, p + i * apart * width_...);
+    return times * kMost * width_;
+  }
 
  private:
   // The first `size` columns of `rows` rows that are `apart` elements apart.

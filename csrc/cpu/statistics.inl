@@ -59,19 +59,22 @@ math::Moments<V> moments_of(V shift, V sum, V squares, double count) {
   return moments;
 }
 
-// The part of a block that its shift comes from: a 64th, at least eight values, from one plane where that has as many.
+// Values that a block's shift comes from, at least: of rows some from all over the block, since neighbours are often
+// alike; of planes the first 64th.
+constexpr int64_t kSample = 8;
+
 inline Tiling::Block sample(Tiling::Block block) {
-  const int64_t wanted = std::max<int64_t>(8, block.count() / 64), planes = (wanted + block.size() - 1) / block.size();
+  const int64_t wanted = std::max(kSample, block.count() / 64), planes = (wanted + block.size() - 1) / block.size();
   block.plane_end = std::min(block.plane_end, block.plane_begin + planes);
   block.end = std::min(block.end, block.begin + wanted);
   return block;
 }
 
-// The shift that follows from a sample: its mean, but 0 where that is smaller than the spread, for then sums of the
-// values themselves lose less than those of differences, which are rounded.
+// The shift that follows from a sample: its mean, but 0 where that is smaller than most deviations, for then sums of
+// the values themselves lose less than those of differences, which are rounded.
 inline double shift_of(double sum, double squares, double count) {
   const double mean = sum / count;
-  return 2 * mean * mean * count <= squares ? 0 : mean;
+  return 4 * mean * mean * count <= squares ? 0 : mean;
 }
 
 // [4, C] from sums[2, width], with the shifts in row 0.
@@ -102,20 +105,20 @@ struct Shifted {
     const int64_t C = p.C;
     const Row row(C);
     const T* x = static_cast<const T*>(p.input) + block.plane_begin * C;
-    const int64_t head = sample(block).count();
     const std::unique_ptr<double[]> sums(new double[2 * row.width()]());
     const std::unique_ptr<A[]> shift(new A[row.width()]());
     std::unique_ptr<double[]> moments(new double[4 * C]);
     const auto shifted = [](const auto* shift, auto v) { return math::shifted(v, shift[0]); };
-    RowSums<A, T>(sums.get(), row.width()).add(head * C, shifted, shift.get(), x);
+    RowSums<A, T> of_block(sums.get(), row.width());
+    const int64_t some = of_block.add_some(block.count() * C, kSample / row.repeats, shifted, shift.get(), x) / C;
     fold(sums.get(), row);
     for (int64_t c = 0; c < C; ++c) {
-      shift[c] = static_cast<A>(shift_of(sums[c], sums[row.width() + c], static_cast<double>(head)));
+      shift[c] = static_cast<A>(shift_of(sums[c], sums[row.width() + c], static_cast<double>(some)));
       moments[c] = static_cast<double>(shift[c]);
     }
     repeat(shift.get(), row);
     std::fill_n(sums.get(), 2 * row.width(), 0.0);
-    RowSums<A, T>(sums.get(), row.width()).add(block.count() * C, shifted, shift.get(), x);
+    of_block.add(block.count() * C, shifted, shift.get(), x);
     fold(sums.get(), row);
     put_all_moments(C, moments.get(), sums.get(), row.width(), static_cast<double>(block.count()));
     return moments;
@@ -167,6 +170,8 @@ struct Paired {
 // Ways of summing values of T, each for the channels for which the one before it is not to be trusted.
 template <class T, class Way, class... Others>
 struct Statistics {
+  static constexpr int64_t kFew = 32;  // one channel of so many costs less alone, a value at a time
+
   static Moments planar(const ForwardParams& p, const Tiling::Block& block, int64_t c) {
     double squares = 0;
     const Moments moments = Way::planar(p, block, c, squares);
@@ -189,8 +194,10 @@ struct Statistics {
     int64_t trusted_ones = 0;
     for (int64_t c = 0; c < C; ++c) trusted_ones += trusted(c);
     if (trusted_ones == C) return moments;
+    const bool few = kFew * (C - trusted_ones) <= C;
     std::unique_ptr<double[]> others;
-    if constexpr (sizeof...(Others) > 0) others = Statistics<T, Others...>::rows(p, block);
+    if constexpr (sizeof...(Others) > 0)
+      if (!few) others = Statistics<T, Others...>::rows(p, block);
     for (int64_t c = 0; c < C; ++c)
       if (!trusted(c))
         put_moments(&moments[c], C, others ? get_moments<double>(&others[c], C) : wide_moments<T>(p, block, c));

@@ -48,9 +48,10 @@ py::dict cpu_plan(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_
   const bnext::DType type = dtype_named(dtype);
   const bnext::Problem problem{N, C, S, layout, type, type};
   py::dict result;
-  const std::int64_t group = bnext::cpu::group_channels(problem, training, true, backward ? 2 : 1, threads);
+  const int inputs = backward ? 2 : 1;
+  const std::int64_t group = bnext::cpu::group_channels(problem, training, true, inputs, threads);
   result["group"] = group;
-  result["streaming"] = bnext::cpu::streams(problem, group);
+  result["streaming"] = bnext::cpu::streams(problem, group, inputs * (training ? 2 : 1) + 1);
   result["cache"] = bnext::cpu::last_level_cache();
   return result;
 }

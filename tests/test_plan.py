@@ -123,6 +123,15 @@ def test_on_this_cpu(one_thread):
     assert bnext.plan(torch.empty(4, 7, 5, 3)).group == 0
 
 
+@pytest.mark.parametrize(("backward", "training", "passes"), [(False, False, 2), (False, True, 3), (True, True, 5)])
+def test_past_the_caches_of_this_cpu(backward, training, passes):
+    problem = {"channels_last": True, "dtype": "float32", "backward": backward, "training": training, "threads": 1}
+    rows = _C.cpu_plan(1, 64, 1, **problem)["cache"] // (2 * passes * 64 * 4)
+    for n, past in ((rows, False), (rows + 1, True)):
+        x = meta(n, 64, 1, 1, dtype=torch.float32, layout="nhwc")
+        assert on_cpu(x, 1, backward=backward, training=training).streaming == past
+
+
 def test_on_a_cuda_device(monkeypatch):
     """With a stand-in for the device, which plan has to make the current one."""
     devices = []

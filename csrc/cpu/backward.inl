@@ -57,7 +57,7 @@ struct Products {
     RunSums<A, T> sums;
     with_tensors<T, Gradient>(p, 0, [&](auto... in) {
       for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b)
-        sums.add(runs_of(p, tiling.block(b), c), f, in...);
+        sums.add(runs_of(p, tiling.block(b), c, kBackwardPasses), f, in...);
     });
     return {sums.total(0), sums.total(1)};
   }
@@ -73,7 +73,8 @@ struct Products {
       return products(gradient, k, dy, x, added...);
     };
     with_tensors<T, Gradient>(p, tiling.block(tiling.chunk_begin(k)).plane_begin * p.C, [&](auto... in) {
-      RowSums<A, T, kShared>(sums, row.width()).add(tiling.chunk_count(k) * p.C, f, shared.get(), in...);
+      RowSums<A, T, kShared>(sums, row.width(), exceeds_caches(p, kBackwardPasses))
+          .add(tiling.chunk_count(k) * p.C, f, shared.get(), in...);
     });
     fold(sums, row);
   }
@@ -97,7 +98,7 @@ struct PairedProducts {
     PairRunSums sums;
     const auto gate = gate_of<Gradient>(p, c);
     for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b)
-      sums.add(runs_of(p, tiling.block(b), c), gate, static_cast<const BFloat16*>(p.grad_output),
+      sums.add(runs_of(p, tiling.block(b), c, kBackwardPasses), gate, static_cast<const BFloat16*>(p.grad_output),
                static_cast<const BFloat16*>(p.input));
     if (sums.lost()) return {sums.total(0), kLost};
     return {sums.total(0), sums.total(1) - static_cast<const float*>(p.mean)[c] * sums.total(0)};
@@ -105,7 +106,7 @@ struct PairedProducts {
 
   static void rows(const BackwardParams& p, const Tiling& tiling, int64_t k, double* sums) {
     const Row row(p.C);
-    PairRowSums pairs(row.width());
+    PairRowSums pairs(row.width(), exceeds_caches(p, kBackwardPasses));
     pairs.add(tiling.block(tiling.chunk_begin(k)).plane_begin * p.C, tiling.chunk_count(k) * p.C,
               gate_of<Gradient>(p, row), static_cast<const BFloat16*>(p.grad_output),
               static_cast<const BFloat16*>(p.input));

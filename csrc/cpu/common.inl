@@ -44,10 +44,10 @@ A bias_of(const Params& p, int64_t c) {
   return p.bias ? static_cast<A>(read<double>(p.bias, p.param_dtype, c)) : A(0);
 }
 
-// The runs of contiguous elements that channel c has in a block.
-inline Runs runs_of(const Problem& p, const Tiling::Block& block, int64_t c) {
+// The runs of contiguous elements that channel c has in a block, for a call with so many passes.
+inline Runs runs_of(const Problem& p, const Tiling::Block& block, int64_t c, int passes) {
   return {block.plane_end - block.plane_begin, block.size(), p.C * p.S,
-          (block.plane_begin * p.C + c) * p.S + block.begin};
+          (block.plane_begin * p.C + c) * p.S + block.begin, exceeds_caches(p, passes)};
 }
 
 // sums[t, c] = the sum over a row's repetitions of channel c (see Row); sums is [2, row.width()].
@@ -152,9 +152,11 @@ void map_rows(const A* factors, int64_t width, int64_t apart, F f, Out out, In..
   constexpr int kLanes = lanes<A>, kParts = parts<A, T>, kCount = kParts * kLanes;
   int64_t c = 0;
   for (; c + kCount <= width; c += kCount) {
-    unrolled<rows>([&](auto r) __attribute__((always_inline)) {
-      (prefetch<kCount>(in + r * apart + c + kAhead / static_cast<int64_t>(sizeof(T))), ...);
-    });
+    if constexpr (streaming) {
+      unrolled<rows>([&](auto r) __attribute__((always_inline)) {
+        (prefetch<kCount>(in + r * apart + c + kAhead / static_cast<int64_t>(sizeof(T))), ...);
+      });
+    }
     decltype(f(static_cast<const Vec<A, kLanes>*>(nullptr), load_part<A, 0>(in)...)) result[rows][kParts];
     unrolled<kParts>([&](auto v) {
       Vec<A, kLanes> factor[factor_count];

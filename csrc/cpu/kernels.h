@@ -49,10 +49,14 @@ constexpr std::int64_t kLine = 64;  // bytes of a cache line
 // Bytes: BNEXT_CPU_LLC, or what Linux says. Throws std::invalid_argument if the variable is not a positive number.
 std::int64_t last_level_cache();
 
-// Whether output is better written past the caches: it exceeds an eighth of the last one, which others use too, and
-// rows are whole cache lines, or what the planes of a group have contiguous is so long that the lines at its ends do
-// not count.
-bool streams(const Problem& p, std::int64_t group);
+// Whether so many passes over tensors [N, C, S] exceed half of the last cache, which others use too. If so, what is
+// summed is asked for ahead, which costs more than it brings where the caches have it.
+bool exceeds_caches(const Problem& p, int passes);
+constexpr int kForwardPasses = 3, kBackwardPasses = 5;  // of training: tensors are read twice, and one is written
+
+// Whether the output of a call with so many passes is better written past the caches: they exceed them, and rows are
+// whole cache lines, or what the planes of a group have contiguous is so long that the lines at its ends do not count.
+bool streams(const Problem& p, std::int64_t group, int passes);
 
 struct Range {
   std::int64_t begin, end;

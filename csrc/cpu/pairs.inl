@@ -79,6 +79,8 @@ struct Wide {
     add_in_double(of[0], some.a);
     add_in_double(of[1], some.ab);
   }
+  // Of products.
+  bool any_zero() const { return bits_of((of[1][0] == 0) | (of[1][1] == 0)); }
 };
 
 // Over runs; the ends of several go into one short sum.
@@ -114,6 +116,7 @@ class PairRunSums {
       const int64_t begin = runs.begin + n * runs.stride;
       const BFloat16 *of_a = a + begin, *of_b = same ? of_a : b + begin;
       const auto ask = [&](auto size, int64_t i) {
+        if (ahead == 0) return;
         prefetch<size>(of_a + i + ahead);
         if (!same) prefetch<size>(of_b + i + ahead);
       };
@@ -155,13 +158,14 @@ class PairRunSums {
 
 // Over rows of `width` elements, one for each column. Two rows are interleaved, so that a lane has two elements of one
 // column. Rows are taken in tiles that the nearest caches hold, since columns of a tile are summed one after the other;
-// the next tile is asked for in order of memory meanwhile.
+// the next tile is asked for in order of memory meanwhile, or not.
 class PairRowSums {
   static constexpr int kMost = 16;  // rows summed in float32
-  static constexpr int64_t kTileBytes = 64 * 1024;
+  static constexpr int64_t kTileBytes = 64 * 1024, kQuad = 4;
 
  public:
-  explicit PairRowSums(int64_t width) : width_(width), columns_(new Columns[(width + kInRegister - 1) / kInRegister]) {}
+  PairRowSums(int64_t width, bool asks)
+      : width_(width), asks_(asks), columns_(new Columns[(width + kInRegister - 1) / kInRegister]) {}
 
   // Elements from `begin` on.
   void add(int64_t begin, int64_t elements, const BFloat16* a) { add_rows<true>(begin, elements, Open(), a, a); }
@@ -173,17 +177,21 @@ class PairRowSums {
   // sums[t * width + c] = the sum for column c.
   void write(double* sums) const {
     for (int t = 0; t < 2; ++t)
-      for (int64_t c = 0; c < width_; ++c) sums[t * width_ + c] = sum(t, c);
+      for (int64_t c = 0; c < width_; c += kQuad)
+        std::memcpy(sums + t * width_ + c, at(t, c),
+                    sizeof(double) * static_cast<std::size_t>(std::min(kQuad, width_ - c)));
   }
   // f(c) for every column whose sum is lost.
   template <class F>
   void each_lost(F f) const {
     for (int64_t begin = 0; begin < width_; begin += kInRegister) {
-      const Seen& seen = columns_[begin / kInRegister].seen;
+      const auto& [lower, upper, seen] = columns_[begin / kInRegister];
+      if (!lower.any_zero() && !upper.any_zero()) continue;
       const __mmask32 in_a = Seen::some(seen.a), in_b = Seen::some(seen.b);
       for (int64_t c = begin; c < std::min(begin + kInRegister, width_); ++c) {
         const int i = static_cast<int>(c - begin);
-        if (is_lost(sum(0, c), sum(1, c), in_a >> i & 1, in_b >> i & 1)) f(c);
+        const double sum = at(0, c)[c % kQuad], products = at(1, c)[c % kQuad];
+        if (is_lost(sum, products, in_a >> i & 1, in_b >> i & 1)) f(c);
       }
     }
   }
@@ -198,12 +206,15 @@ class PairRowSums {
   void add_rows(int64_t begin, int64_t elements, const Gate& gate, const BFloat16* a, const BFloat16* b) {
     const int64_t rows = elements / width_, row_bytes = width_ * (same ? 2 : 4);
     const int64_t tile = std::max<int64_t>(1, kTileBytes / row_bytes / kMost) * kMost;
-    for (int64_t row = 0; row < rows; row += tile) {
-      int64_t asked = begin + (row + tile) * width_;  // elements, in order of memory
-      const int64_t count = std::min(tile, rows - row);
-      for (int64_t c = 0; c < width_; c += kInRegister, asked += count * kInRegister)
-        add_columns<same, true>(begin + row * width_, count, c, width_ - c, asked, gate.columns(c), a, b);
-    }
+    const auto add_tiles = [&](auto asks) {
+      for (int64_t row = 0; row < rows; row += tile) {
+        int64_t asked = begin + (row + tile) * width_;  // elements, in order of memory
+        const int64_t count = std::min(tile, rows - row);
+        for (int64_t c = 0; c < width_; c += kInRegister, asked += count * kInRegister)
+          add_columns<same, asks>(begin + row * width_, count, c, width_ - c, asked, gate.columns(c), a, b);
+      }
+    };
+    asks_ ? add_tiles(std::true_type{}) : add_tiles(std::false_type{});
     const int64_t done = rows * width_;
     for (int64_t c = 0; c < elements - done; c += kInRegister)
       add_columns<same, false>(begin + done, 1, c, elements - done - c, 0, gate.columns(c), a, b);
@@ -251,14 +262,15 @@ class PairRowSums {
     columns = {lower, upper, seen};
   }
 
-  // The sum for a column. Columns 0 to 3 of each eight are in the first, 4 to 7 in the second of two registers.
-  double sum(int t, int64_t column) const {
-    const int64_t i = column % kInRegister, half = i / 4 % 2, lane = i / 8 * 4 + i % 4;
+  // The sums for the four columns that `column` is one of: each second four are in `lower`, the others in `upper`.
+  const double* at(int t, int64_t column) const {
+    const int64_t quad = column % kInRegister / kQuad;
     const Columns& columns = columns_[column / kInRegister];
-    return (half ? columns.upper : columns.lower).of[t][lane / 8][lane % 8];
+    return reinterpret_cast<const double*>((quad % 2 ? columns.upper : columns.lower).of[t]) + quad / 2 * kQuad;
   }
 
   int64_t width_;
+  bool asks_;
   std::unique_ptr<Columns[]> columns_;
 };
 

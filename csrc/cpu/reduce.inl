@@ -33,12 +33,14 @@ auto last_lanes(int64_t count, int64_t first) {
   return __builtin_convertvector(mask, Vec<Lane, lanes<A>>);
 }
 
-// `count` runs of `size` consecutive elements, the first at `begin`, each `stride` elements after the one before.
+// `count` runs of `size` consecutive elements, the first at `begin`, each `stride` elements after the one before; to be
+// asked for ahead, or not.
 struct Runs {
   int64_t count, size, stride, begin;
+  bool asks;
 
-  // Elements further on is what will be wanted soon: the same of a later channel.
-  int64_t ahead() const { return (kSoon / (count * size) + 1) * size; }
+  // Elements further on is what will be wanted soon, the same of a later channel; or 0.
+  int64_t ahead() const { return asks ? (kSoon / (count * size) + 1) * size : 0; }
 
  private:
   static constexpr int64_t kSoon = 4096;  // elements that are summed before it is wanted, at least
@@ -88,7 +90,7 @@ class RunSums {
   static void add_run(Wide (&sum)[kPieces][2][kParts], int64_t size, int64_t ahead, F f, P... p) {
     // Of `length` times kSlots elements from i on and, if there are any, of the run's last ones, fewer than kSlots.
     const auto step = [&](auto length, int64_t i, int64_t last) __attribute__((always_inline)) {
-      (prefetch<length * kSlots>(p + i + ahead), ...);
+      if (ahead != 0) (prefetch<length * kSlots>(p + i + ahead), ...);
 #pragma GCC unroll 8
       for (int piece = 0; piece < kPieces; ++piece) {
         Vec<A, lanes<A>> some[2] = {};
@@ -157,7 +159,7 @@ class RowSums {
   using Wide = Vec<double, lanes<double>>;
 
  public:
-  RowSums(double* sums, int64_t width) : sums_(sums), width_(width) {}
+  RowSums(double* sums, int64_t width, bool asks) : sums_(sums), width_(width), asks_(asks) {}
 
   template <class F, class... P>
   void add(int64_t elements, F f, const A* channel, P... p) const {
@@ -190,6 +192,7 @@ class RowSums {
   void add_rows(int64_t size, int64_t apart, F f, const A* channel, P... p) const {
     double* const sums = sums_;
     const int64_t width = width_;
+    const bool asks = asks_;
     const auto vector = [&](int64_t c) __attribute__((always_inline)) {
       Vec<A, kLanes> shared[shared_count], some[2];
       unrolled<shared_count>([&](auto i) { shared[i] = load<A>(channel + i * width + c); });
@@ -212,9 +215,11 @@ class RowSums {
     };
     int64_t c = 0;
     for (; c + kColumns * kLanes <= size; c += kColumns * kLanes) {
-      unrolled<rows>([&](auto r) __attribute__((always_inline)) {
-        (prefetch<1>(p + r * apart + c + kAhead / static_cast<int64_t>(sizeof(T))), ...);
-      });
+      if (asks) {
+        unrolled<rows>([&](auto r) __attribute__((always_inline)) {
+          (prefetch<1>(p + r * apart + c + kAhead / static_cast<int64_t>(sizeof(T))), ...);
+        });
+      }
       unrolled<kColumns>([&](auto v) { vector(c + v * kLanes); });
     }
     for (; c + kLanes <= size; c += kLanes) vector(c);
@@ -228,6 +233,7 @@ class RowSums {
 
   double* sums_;  // [2, width]
   int64_t width_;
+  bool asks_;  // for rows ahead
 };
 
 }  // namespace

@@ -72,9 +72,10 @@ inline Tiling::Block sample(Tiling::Block block) {
 
 // The shift that follows from a sample: its mean, but 0 where that is smaller than most deviations, for then sums of
 // the values themselves lose less than those of differences, which are rounded.
-inline double shift_of(double sum, double squares, double count) {
-  const double mean = sum / count;
-  return 4 * mean * mean * count <= squares ? 0 : mean;
+template <class V>
+V shift_of(V sum, V squares, double count) {
+  const V mean = sum * (1 / count);
+  return 4 * count * mean * mean <= squares ? V{} : mean;
 }
 
 // [4, C] from sums[2, width], with the shifts in row 0.
@@ -94,9 +95,9 @@ struct Shifted {
     const T* x = static_cast<const T*>(p.input);
     const Tiling::Block head = sample(block);
     RunSums<A, T> of_head, sums;
-    of_head.add(runs_of(p, head, c), [](auto v) { return math::shifted(v, A(0)); }, x);
+    of_head.add(runs_of(p, head, c, kForwardPasses), [](auto v) { return math::shifted(v, A(0)); }, x);
     const A shift = static_cast<A>(shift_of(of_head.total(0), of_head.total(1), static_cast<double>(head.count())));
-    sums.add(runs_of(p, block, c), [shift](auto v) { return math::shifted(v, shift); }, x);
+    sums.add(runs_of(p, block, c, kForwardPasses), [shift](auto v) { return math::shifted(v, shift); }, x);
     squares = sums.total(1);
     return moments_of(static_cast<double>(shift), sums.total(0), squares, static_cast<double>(block.count()));
   }
@@ -109,13 +110,16 @@ struct Shifted {
     const std::unique_ptr<A[]> shift(new A[row.width()]());
     std::unique_ptr<double[]> moments(new double[4 * C]);
     const auto shifted = [](const auto* shift, auto v) { return math::shifted(v, shift[0]); };
-    RowSums<A, T> of_block(sums.get(), row.width());
+    RowSums<A, T> of_block(sums.get(), row.width(), exceeds_caches(p, kForwardPasses));
     const int64_t some = of_block.add_some(block.count() * C, kSample / row.repeats, shifted, shift.get(), x) / C;
     fold(sums.get(), row);
-    for (int64_t c = 0; c < C; ++c) {
-      shift[c] = static_cast<A>(shift_of(sums[c], sums[row.width() + c], static_cast<double>(some)));
-      moments[c] = static_cast<double>(shift[c]);
-    }
+    for_channels(0, C, [&](int64_t c, auto zero) {
+      using V = decltype(zero);
+      const V squares = get<V>(&sums[row.width() + c]);
+      const auto rounded = in<A>(shift_of(get<V>(&sums[c]), squares, static_cast<double>(some)));
+      std::memcpy(&shift[c], &rounded, sizeof(rounded));
+      put(&moments[c], to<V>(rounded));
+    });
     repeat(shift.get(), row);
     std::fill_n(sums.get(), 2 * row.width(), 0.0);
     of_block.add(block.count() * C, shifted, shift.get(), x);
@@ -126,10 +130,11 @@ struct Shifted {
 
   // In float32: no square too large or too small, and a shift near the mean. Where all squares are 0, only a tiny eps
   // would bring the difference to light.
-  static bool trusted(const ForwardParams& p, const Moments& m, double squares, double count) {
-    const bool finite = squares <= std::numeric_limits<double>::max();
+  template <class V>
+  static Lanes<V> trusted(const ForwardParams& p, const math::Moments<V>& m, V squares, double count) {
+    const Lanes<V> finite = squares <= std::numeric_limits<double>::max(), none = squares == 0;
     if (std::is_same_v<A, double>) return finite;
-    return finite & ((squares >= kTiny * count) | ((squares == 0) & (p.eps >= kTiny))) & (4 * m.m2 >= squares);
+    return finite & ((squares >= kTiny * count) | (p.eps >= kTiny ? none : Lanes<V>{})) & (4 * m.m2 >= squares);
   }
 };
 
@@ -139,7 +144,7 @@ struct Paired {
   static Moments planar(const ForwardParams& p, const Tiling::Block& block, int64_t c, double& squares) {
     const BFloat16* x = static_cast<const BFloat16*>(p.input);
     PairRunSums sums;
-    sums.add(runs_of(p, block, c), x);
+    sums.add(runs_of(p, block, c, kForwardPasses), x);
     squares = sums.lost() ? kLost : sums.total(1);
     return moments_of(0.0, sums.total(0), squares, static_cast<double>(block.count()));
   }
@@ -147,7 +152,7 @@ struct Paired {
   static std::unique_ptr<double[]> rows(const ForwardParams& p, const Tiling::Block& block) {
     const Row row(p.C);
     const std::unique_ptr<double[]> sums(new double[2 * row.width()]);
-    PairRowSums pairs(row.width());
+    PairRowSums pairs(row.width(), exceeds_caches(p, kForwardPasses));
     pairs.add(block.plane_begin * p.C, block.count() * p.C, static_cast<const BFloat16*>(p.input));
     pairs.write(sums.get());
     fold(sums.get(), row);
@@ -159,10 +164,10 @@ struct Paired {
 
   // What lies nearer together than to 0 has squares of few digits, whose short sums are exact; but their sum must not
   // exceed the squares of deviations by more than double has digits to spare.
-  static bool trusted(const ForwardParams& p, const Moments& m, double squares, double count) {
-    const bool finite = squares <= std::numeric_limits<double>::max();
-    const bool zero = (squares == 0) & (m.offset == 0) & (p.eps >= kTiny);
-    return zero | (finite & (squares >= kTiny * count) & (0x1p20 * m.m2 >= squares));
+  template <class V>
+  static Lanes<V> trusted(const ForwardParams& p, const math::Moments<V>& m, V squares, double count) {
+    const Lanes<V> finite = squares <= std::numeric_limits<double>::max(), none = (squares == 0) & (m.offset == 0);
+    return (p.eps >= kTiny ? none : Lanes<V>{}) | (finite & (squares >= kTiny * count) & (0x1p20 * m.m2 >= squares));
   }
 };
 #endif
@@ -187,19 +192,20 @@ struct Statistics {
   static std::unique_ptr<double[]> rows(const ForwardParams& p, const Tiling::Block& block) {
     const int64_t C = p.C;
     auto moments = Way::rows(p, block);
-    const auto trusted = [&](int64_t c) {
-      return Way::trusted(p, get_moments<double>(&moments[c], C), moments[3 * C + c],
+    const auto trusted = [&](int64_t c, auto zero) {
+      using V = decltype(zero);
+      return Way::trusted(p, get_moments<V>(&moments[c], C), get<V>(&moments[3 * C + c]),
                           static_cast<double>(block.count()));
     };
     int64_t trusted_ones = 0;
-    for (int64_t c = 0; c < C; ++c) trusted_ones += trusted(c);
+    for_channels(0, C, [&](int64_t c, auto zero) { trusted_ones += __builtin_popcount(bits_of(trusted(c, zero))); });
     if (trusted_ones == C) return moments;
     const bool few = kFew * (C - trusted_ones) <= C;
     std::unique_ptr<double[]> others;
     if constexpr (sizeof...(Others) > 0)
       if (!few) others = Statistics<T, Others...>::rows(p, block);
     for (int64_t c = 0; c < C; ++c)
-      if (!trusted(c))
+      if (!trusted(c, 0.0))
         put_moments(&moments[c], C, others ? get_moments<double>(&others[c], C) : wide_moments<T>(p, block, c));
     return moments;
   }

@@ -43,7 +43,7 @@ std::int64_t last_level_cache() {
 }
 
 Tiling::Tiling(const Problem& p) {
-  constexpr std::int64_t kBlock = 8192, kRows = 512, kChunks = 64, kWorthwhile = 16384;
+  constexpr std::int64_t kBlock = 8192, kRows = 1024, kChunks = 64, kWorthwhile = 16384;
   const bool planar = p.layout == Layout::planar;
   planes = planar ? p.N : p.N * p.S;
   plane = planar ? p.S : 1;
@@ -93,11 +93,15 @@ std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int te
   return std::max<std::int64_t>(1, held / (tensors * p.count() * itemsize(p.dtype)));
 }
 
-bool streams(const Problem& p, std::int64_t group) {
+bool exceeds_caches(const Problem& p, int passes) {
+  return 2 * passes * p.C * p.count() * itemsize(p.dtype) > last_level_cache();
+}
+
+bool streams(const Problem& p, std::int64_t group, int passes) {
   constexpr std::int64_t kLongRun = 1024, kPlane = 32;  // elements
-  const bool large = 8 * p.C * p.count() * itemsize(p.dtype) > last_level_cache();
-  if (p.layout == Layout::channels_last) return large && Row(p.C).width() * itemsize(p.dtype) % kLine == 0;
-  return large && p.S >= kPlane && (group ? group : p.C) * p.S >= kLongRun;
+  if (!exceeds_caches(p, passes)) return false;
+  if (p.layout == Layout::channels_last) return Row(p.C).width() * itemsize(p.dtype) % kLine == 0;
+  return p.S >= kPlane && (group ? group : p.C) * p.S >= kLongRun;
 }
 
 }  // namespace bnext::cpu

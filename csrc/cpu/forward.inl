@@ -40,11 +40,9 @@ void forward_reduce_channels_last(const ForwardParams& p, const Tiling& tiling, 
     double count = 0;
     for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
       const Tiling::Block block = tiling.block(b);
-      const auto of_block = StatisticsOf<T>::type::rows(p, block);
-      for_channels(0, p.C, [&](int64_t c, auto zero) {
-        using V = decltype(zero);
-        auto moments = get_moments<V>(partial + c, p.C);
-        math::chan_combine(moments, count, get_moments<V>(&of_block[c], p.C), static_cast<double>(block.count()));
+      StatisticsOf<T>::type::rows(p, block, [&](int64_t c, const auto& of_block) {
+        auto moments = get_moments<std::decay_t<decltype(of_block.m2)>>(partial + c, p.C);
+        math::chan_combine(moments, count, of_block, static_cast<double>(block.count()));
         put_moments(partial + c, p.C, moments);
       });
       count += static_cast<double>(block.count());

@@ -3,7 +3,7 @@
 //
 // A way of summing has, for the values of a block,
 //   planar(p, block, c, squares): the moments and the sum of squares of channel c;
-//   rows(p, block): the same of all channels, as [4, C];
+//   rows(p, block): what the moments of all channels follow from, RowShifts;
 //   trusted(p, moments, squares, count): whether these can be used.
 #pragma once
 
@@ -78,15 +78,19 @@ V shift_of(V sum, V squares, double count) {
   return 4 * count * mean * mean <= squares ? V{} : mean;
 }
 
-// [4, C] from sums[2, width], with the shifts in row 0.
-inline void put_all_moments(int64_t C, double* moments, const double* sums, int64_t width, double count) {
-  for_channels(0, C, [&](int64_t c, auto zero) {
-    using V = decltype(zero);
-    const V squares = get<V>(sums + width + c);
-    put_moments(moments + c, C, moments_of(get<V>(moments + c), get<V>(sums + c), squares, count));
-    put(moments + 3 * C + c, squares);
-  });
-}
+// Shifts of all channels and the sums about them, [3, width].
+struct RowShifts {
+  int64_t width;
+  std::unique_ptr<double[]> values{new double[3 * width]()};
+
+  double* shifts() const { return values.get(); }
+  double* sums() const { return shifts() + width; }
+  double* squares() const { return sums() + width; }
+  template <class V>
+  math::Moments<V> moments(int64_t c, double count) const {
+    return moments_of(get<V>(shifts() + c), get<V>(sums() + c), get<V>(squares() + c), count);
+  }
+};
 
 // Sums in A about shifts that come from a part of the block.
 template <class A, class T>
@@ -102,30 +106,28 @@ struct Shifted {
     return moments_of(static_cast<double>(shift), sums.total(0), squares, static_cast<double>(block.count()));
   }
 
-  static std::unique_ptr<double[]> rows(const ForwardParams& p, const Tiling::Block& block) {
+  static RowShifts rows(const ForwardParams& p, const Tiling::Block& block) {
     const int64_t C = p.C;
     const Row row(C);
     const T* x = static_cast<const T*>(p.input) + block.plane_begin * C;
-    const std::unique_ptr<double[]> sums(new double[2 * row.width()]());
+    RowShifts all{row.width()};
     const std::unique_ptr<A[]> shift(new A[row.width()]());
-    std::unique_ptr<double[]> moments(new double[4 * C]);
     const auto shifted = [](const auto* shift, auto v) { return math::shifted(v, shift[0]); };
-    RowSums<A, T> of_block(sums.get(), row.width(), exceeds_caches(p, kForwardPasses));
+    const RowSums<A, T> of_block(all.sums(), row.width(), exceeds_caches(p, kForwardPasses));
     const int64_t some = of_block.add_some(block.count() * C, kSample / row.repeats, shifted, shift.get(), x) / C;
-    fold(sums.get(), row);
+    fold(all.sums(), row);
     for_channels(0, C, [&](int64_t c, auto zero) {
       using V = decltype(zero);
-      const V squares = get<V>(&sums[row.width() + c]);
-      const auto rounded = in<A>(shift_of(get<V>(&sums[c]), squares, static_cast<double>(some)));
+      const V squares = get<V>(all.squares() + c);
+      const auto rounded = in<A>(shift_of(get<V>(all.sums() + c), squares, static_cast<double>(some)));
       std::memcpy(&shift[c], &rounded, sizeof(rounded));
-      put(&moments[c], to<V>(rounded));
+      put(all.shifts() + c, to<V>(rounded));
     });
     repeat(shift.get(), row);
-    std::fill_n(sums.get(), 2 * row.width(), 0.0);
+    std::fill_n(all.sums(), 2 * row.width(), 0.0);
     of_block.add(block.count() * C, shifted, shift.get(), x);
-    fold(sums.get(), row);
-    put_all_moments(C, moments.get(), sums.get(), row.width(), static_cast<double>(block.count()));
-    return moments;
+    fold(all.sums(), row);
+    return all;
   }
 
   // In float32: no square too large or too small, and a shift near the mean. Where all squares are 0, only a tiny eps
@@ -149,17 +151,15 @@ struct Paired {
     return moments_of(0.0, sums.total(0), squares, static_cast<double>(block.count()));
   }
 
-  static std::unique_ptr<double[]> rows(const ForwardParams& p, const Tiling::Block& block) {
+  static RowShifts rows(const ForwardParams& p, const Tiling::Block& block) {
     const Row row(p.C);
-    const std::unique_ptr<double[]> sums(new double[2 * row.width()]);
+    RowShifts all{row.width()};
     PairRowSums pairs(row.width(), exceeds_caches(p, kForwardPasses));
     pairs.add(block.plane_begin * p.C, block.count() * p.C, static_cast<const BFloat16*>(p.input));
-    pairs.write(sums.get());
-    fold(sums.get(), row);
-    std::unique_ptr<double[]> moments(new double[4 * p.C]());
-    put_all_moments(p.C, moments.get(), sums.get(), row.width(), static_cast<double>(block.count()));
-    pairs.each_lost([&](int64_t column) { moments[3 * p.C + column % p.C] = kLost; });
-    return moments;
+    pairs.write(all.sums());
+    fold(all.sums(), row);
+    pairs.each_lost([&](int64_t column) { all.squares()[column % p.C] = kLost; });
+    return all;
   }
 
   // What lies nearer together than to 0 has squares of few digits, whose short sums are exact; but their sum must not
@@ -188,26 +188,32 @@ struct Statistics {
     }
   }
 
-  // [4, C]: origin, offset, m2, and the sum of squares.
-  static std::unique_ptr<double[]> rows(const ForwardParams& p, const Tiling::Block& block) {
+  // f(c, moments) for all channels, in vectors or one by one.
+  template <class F>
+  static void rows(const ForwardParams& p, const Tiling::Block& block, F f) {
     const int64_t C = p.C;
-    auto moments = Way::rows(p, block);
+    const double count = static_cast<double>(block.count());
+    const RowShifts all = Way::rows(p, block);
     const auto trusted = [&](int64_t c, auto zero) {
       using V = decltype(zero);
-      return Way::trusted(p, get_moments<V>(&moments[c], C), get<V>(&moments[3 * C + c]),
-                          static_cast<double>(block.count()));
+      return Way::trusted(p, all.moments<V>(c, count), get<V>(all.squares() + c), count);
     };
     int64_t trusted_ones = 0;
     for_channels(0, C, [&](int64_t c, auto zero) { trusted_ones += __builtin_popcount(bits_of(trusted(c, zero))); });
-    if (trusted_ones == C) return moments;
+    if (trusted_ones == C)
+      return for_channels(0, C, [&](int64_t c, auto zero) { f(c, all.moments<decltype(zero)>(c, count)); });
     const bool few = kFew * (C - trusted_ones) <= C;
     std::unique_ptr<double[]> others;
-    if constexpr (sizeof...(Others) > 0)
-      if (!few) others = Statistics<T, Others...>::rows(p, block);
+    if constexpr (sizeof...(Others) > 0) {
+      if (!few) {
+        others.reset(new double[3 * C]);
+        Statistics<T, Others...>::rows(p, block, [&](int64_t c, const auto& m) { put_moments(&others[c], C, m); });
+      }
+    }
     for (int64_t c = 0; c < C; ++c)
-      if (!trusted(c, 0.0))
-        put_moments(&moments[c], C, others ? get_moments<double>(&others[c], C) : wide_moments<T>(p, block, c));
-    return moments;
+      f(c, trusted(c, 0.0) ? all.moments<double>(c, count)
+           : others        ? get_moments<double>(&others[c], C)
+                           : wide_moments<T>(p, block, c));
   }
 };
 

@@ -3,7 +3,7 @@
 //
 // A way of summing has, for the values of a block,
 //   planar(p, block, c, squares): the moments and the sum of squares of channel c;
-//   rows(p, block): what the moments of all channels follow from, RowShifts;
+//   rows(p, block, shifts): what the moments of all channels follow from, RowShifts that were 0;
 //   trusted(p, moments, squares, count): whether these can be used.
 #pragma once
 
@@ -78,17 +78,13 @@ V shift_of(V sum, V squares, double count) {
   return 4 * count * mean * mean <= squares ? V{} : mean;
 }
 
-// Shifts of all channels and the sums about them, [3, width].
+// Shifts of all channels and the sums about them, each [width], squares right behind sums.
 struct RowShifts {
-  int64_t width;
-  std::unique_ptr<double[]> values{new double[3 * width]()};
+  double *shifts, *sums, *squares;
 
-  double* shifts() const { return values.get(); }
-  double* sums() const { return shifts() + width; }
-  double* squares() const { return sums() + width; }
   template <class V>
   math::Moments<V> moments(int64_t c, double count) const {
-    return moments_of(get<V>(shifts() + c), get<V>(sums() + c), get<V>(squares() + c), count);
+    return moments_of(get<V>(shifts + c), get<V>(sums + c), get<V>(squares + c), count);
   }
 };
 
@@ -106,28 +102,26 @@ struct Shifted {
     return moments_of(static_cast<double>(shift), sums.total(0), squares, static_cast<double>(block.count()));
   }
 
-  static RowShifts rows(const ForwardParams& p, const Tiling::Block& block) {
+  static void rows(const ForwardParams& p, const Tiling::Block& block, const RowShifts& all) {
     const int64_t C = p.C;
     const Row row(C);
     const T* x = static_cast<const T*>(p.input) + block.plane_begin * C;
-    RowShifts all{row.width()};
     const std::unique_ptr<A[]> shift(new A[row.width()]());
     const auto shifted = [](const auto* shift, auto v) { return math::shifted(v, shift[0]); };
-    const RowSums<A, T> of_block(all.sums(), row.width(), exceeds_caches(p, kForwardPasses));
+    const RowSums<A, T> of_block(all.sums, row.width(), exceeds_caches(p, kForwardPasses));
     const int64_t some = of_block.add_some(block.count() * C, kSample / row.repeats, shifted, shift.get(), x) / C;
-    fold(all.sums(), row);
+    fold(all.sums, row);
     for_channels(0, C, [&](int64_t c, auto zero) {
       using V = decltype(zero);
-      const V squares = get<V>(all.squares() + c);
-      const auto rounded = in<A>(shift_of(get<V>(all.sums() + c), squares, static_cast<double>(some)));
+      const V squares = get<V>(all.squares + c);
+      const auto rounded = in<A>(shift_of(get<V>(all.sums + c), squares, static_cast<double>(some)));
       std::memcpy(&shift[c], &rounded, sizeof(rounded));
-      put(all.shifts() + c, to<V>(rounded));
+      put(all.shifts + c, to<V>(rounded));
     });
     repeat(shift.get(), row);
-    std::fill_n(all.sums(), 2 * row.width(), 0.0);
+    std::fill_n(all.sums, 2 * row.width(), 0.0);
     of_block.add(block.count() * C, shifted, shift.get(), x);
-    fold(all.sums(), row);
-    return all;
+    fold(all.sums, row);
   }
 
   // In float32: no square too large or too small, and a shift near the mean. Where all squares are 0, only a tiny eps
@@ -151,15 +145,13 @@ struct Paired {
     return moments_of(0.0, sums.total(0), squares, static_cast<double>(block.count()));
   }
 
-  static RowShifts rows(const ForwardParams& p, const Tiling::Block& block) {
+  static void rows(const ForwardParams& p, const Tiling::Block& block, const RowShifts& all) {
     const Row row(p.C);
-    RowShifts all{row.width()};
     PairRowSums pairs(row.width(), exceeds_caches(p, kForwardPasses));
     pairs.add(block.plane_begin * p.C, block.count() * p.C, static_cast<const BFloat16*>(p.input));
-    pairs.write(all.sums());
-    fold(all.sums(), row);
-    pairs.each_lost([&](int64_t column) { all.squares()[column % p.C] = kLost; });
-    return all;
+    pairs.write(all.sums);
+    fold(all.sums, row);
+    pairs.each_lost([&](int64_t column) { all.squares[column % p.C] = kLost; });
   }
 
   // What lies nearer together than to 0 has squares of few digits, whose short sums are exact; but their sum must not
@@ -193,10 +185,13 @@ struct Statistics {
   static void rows(const ForwardParams& p, const Tiling::Block& block, F f) {
     const int64_t C = p.C;
     const double count = static_cast<double>(block.count());
-    const RowShifts all = Way::rows(p, block);
+    const int64_t width = Row(C).width();
+    const std::unique_ptr<double[]> values(new double[3 * width]());
+    const RowShifts all{&values[0], &values[width], &values[2 * width]};
+    Way::rows(p, block, all);
     const auto trusted = [&](int64_t c, auto zero) {
       using V = decltype(zero);
-      return Way::trusted(p, all.moments<V>(c, count), get<V>(all.squares() + c), count);
+      return Way::trusted(p, all.moments<V>(c, count), get<V>(all.squares + c), count);
     };
     int64_t trusted_ones = 0;
     for_channels(0, C, [&](int64_t c, auto zero) { trusted_ones += __builtin_popcount(bits_of(trusted(c, zero))); });

@@ -171,12 +171,12 @@ class RowSums {
     for (; row < rows; ++row) add_rows<1>(width_, 0, f, channel, p + row * width_...);
     add_rows<1>(elements % width_, 0, f, channel, p + rows * width_...);
   }
-  // The same of `least` rows or a few more that are spread over them all, or of all where they are fewer; returns how
-  // many elements they have.
+  // The same of `least` rows or a few more, from the first to the last in equal steps, or of all where they are fewer;
+  // returns how many elements they have.
   template <class F, class... P>
   int64_t add_some(int64_t elements, int64_t least, F f, const A* channel, P... p) const {
     const int64_t times = std::max<int64_t>(1, (least + kMost - 1) / kMost);
-    const int64_t apart = elements / width_ / (times * kMost);
+    const int64_t apart = (elements / width_ - 1) / (times * kMost - 1);
     if (apart == 0) {
       add(elements, f, channel, p...);
       return elements;

@@ -51,7 +51,7 @@ py::dict cpu_plan(std::int64_t N, std::int64_t C, std::int64_t S, bool channels_
   const int inputs = backward ? 2 : 1;
   const std::int64_t group = bnext::cpu::group_channels(problem, training, true, inputs, threads);
   result["group"] = group;
-  result["streaming"] = bnext::cpu::streams(problem, group, inputs * (training ? 2 : 1) + 1);
+  result["streaming"] = bnext::cpu::streams(problem, group, bnext::cpu::passes_of(inputs, training, true));
   result["cache"] = bnext::cpu::last_level_cache();
   return result;
 }

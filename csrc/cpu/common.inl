@@ -146,7 +146,7 @@ void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, 
 
 // The same for the first `width` columns of `rows` rows that are `apart` elements apart, so that factors are loaded
 // once for all: column c is channel c's. All loads come before the stores: rows that are a multiple of 4 KB apart would
-// otherwise wait for one another.
+// otherwise wait for one another. Where results go past the caches, what is read is asked for ahead.
 template <bool streaming, class T, int factor_count, int rows, class A, class F, class Out, class... In>
 void map_rows(const A* factors, int64_t width, int64_t apart, F f, Out out, In... in) {
   constexpr int kLanes = lanes<A>, kParts = parts<A, T>, kCount = kParts * kLanes;

@@ -52,7 +52,11 @@ std::int64_t last_level_cache();
 // Whether so many passes over tensors [N, C, S] exceed half of the last cache, which others use too. If so, what is
 // summed is asked for ahead, which costs more than it brings where the caches have it.
 bool exceeds_caches(const Problem& p, int passes);
-constexpr int kForwardPasses = 3, kBackwardPasses = 5;  // of training: tensors are read twice, and one is written
+// Of a call that reads so many tensors, in each of its steps, and writes one.
+constexpr int passes_of(int tensors, bool reduces, bool applies) {
+  return tensors * (reduces + applies) + 1;
+}
+constexpr int kForwardPasses = passes_of(1, true, true), kBackwardPasses = passes_of(2, true, true);  // of training
 
 // Whether the output of a call with so many passes is better written past the caches: they exceed them, and rows are
 // whole cache lines, or what the planes of a group have contiguous is so long that the lines at its ends do not count.

@@ -34,7 +34,7 @@ void put_moments(double* partial, int64_t C, const math::Moments<V>& m) {
 }
 
 // Moments of one channel of a block in double, two passes: for values whose shifted sums overflow (an infinity, a NaN,
-// a square beyond float64).
+// a square beyond float64), and for few channels of many.
 template <class T>
 Moments wide_moments(const ForwardParams& p, const Tiling::Block& block, int64_t c) {
   const T* x = static_cast<const T*>(p.input);

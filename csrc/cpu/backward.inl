@@ -95,13 +95,15 @@ struct PairedProducts {
   using InFloat = Products<float, BFloat16, Gradient>;
 
   static Sum planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t c) {
-    PairRunSums sums;
     const auto gate = gate_of<Gradient>(p, c);
-    for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b)
-      sums.add(runs_of(p, tiling.block(b), c, kBackwardPasses), gate, static_cast<const BFloat16*>(p.grad_output),
-               static_cast<const BFloat16*>(p.input));
-    if (sums.lost()) return {sums.total(0), kLost};
-    return {sums.total(0), sums.total(1) - static_cast<const float*>(p.mean)[c] * sums.total(0)};
+    PairSums all{};
+    for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
+      const PairSums sums = PairRuns<false, std::decay_t<decltype(gate)>>::sum(
+          runs_of(p, tiling.block(b), c, kBackwardPasses), gate, static_cast<const BFloat16*>(p.grad_output),
+          static_cast<const BFloat16*>(p.input));
+      all = {all.a + sums.a, all.ab + sums.ab, all.lost || sums.lost};
+    }
+    return {all.a, all.lost ? kLost : all.ab - static_cast<const float*>(p.mean)[c] * all.a};
   }
 
   static void rows(const BackwardParams& p, const Tiling& tiling, int64_t k, double* sums) {

@@ -18,10 +18,11 @@ template <class T>
 void forward_reduce_planar(const ForwardParams& p, const Tiling& tiling, const Scratch& scratch, Range channels,
                            Range chunks) {
   for (int64_t k = chunks.begin; k < chunks.end; ++k) {
+    const Range blocks{tiling.chunk_begin(k), tiling.chunk_begin(k + 1)};
     for (int64_t c = channels.begin; c < channels.end; ++c) {
       Moments moments{};
       double count = 0;
-      for (int64_t b = tiling.chunk_begin(k); b < tiling.chunk_begin(k + 1); ++b) {
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
         const Tiling::Block block = tiling.block(b);
         const double block_count = static_cast<double>(block.count());
         math::chan_combine(moments, count, StatisticsOf<T>::type::planar(p, block, c), block_count);

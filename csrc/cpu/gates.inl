@@ -3,7 +3,7 @@
 
 #include "common.inl"
 #include "gradients.inl"
-#include "pairs.inl"
+#include "pair_rows.inl"
 
 namespace bnext::cpu::BNEXT_ISA {
 namespace {

@@ -1,13 +1,13 @@
 // Sums of bfloat16 numbers and of their products by AVX512-BF16's dot product, for kernels.inl: sum(a) and sum(a * b),
 // two elements of each channel at a time. Products are exact, short sums are in float32, the rest in double, in an
-// order given by the shape alone. The instruction takes denormals for zeros.
+// order given by the shape alone. The instruction takes denormals for zeros. Here those of planes' runs; pair_rows.inl
+// has those of rows.
 #pragma once
 
 #include <immintrin.h>
 
-#include <algorithm>
 #include <limits>
-#include <memory>
+#include <utility>
 
 #include "reduce.inl"
 
@@ -20,7 +20,9 @@ constexpr int kInRegister = 32;  // bfloat16 numbers
 
 constexpr __mmask32 kAll = ~__mmask32(0);
 inline __m512i load_some(__mmask32 present, const BFloat16* p) {
-  return _mm512_maskz_loadu_epi16(present, p);
+  __m512i v = _mm512_maskz_loadu_epi16(present, p);
+  asm("" : "+v"(v));  // GCC would load it again for each use, and one across two lines takes two cycles
+  return v;
 }
 // The first `count` of a register.
 inline __mmask32 first(int64_t count) {
@@ -64,6 +66,10 @@ inline bool is_lost(double sum, double products, bool in_a, bool in_b) {
 struct Short {
   Vec<float, 16> a = {}, ab = {};
 
+  void add(const Short& other) {
+    a += other.a;
+    ab += other.ab;
+  }
   void add(__m512i more_a, __m512i more_b) {
     const __m512i ones = _mm512_set1_epi16(0x3f80);
     a = _mm512_dpbf16_ps(a, (__m512bh)more_a, (__m512bh)ones);
@@ -75,203 +81,118 @@ struct Short {
 struct Wide {
   Vec<double, 8> of[2][2] = {};  // [a or a * b, half of the lanes]
 
-  void add(const Short& some) {
+  [[gnu::always_inline]] void add(const Short& some) {
     add_in_double(of[0], some.a);
     add_in_double(of[1], some.ab);
   }
+  double total(int t) const { return _mm512_reduce_add_pd(of[t][0] + of[t][1]); }
   // Of products.
   bool any_zero() const { return bits_of((of[1][0] == 0) | (of[1][1] == 0)); }
 };
 
-// Over runs; the ends of several go into one short sum.
-class PairRunSums {
-  static constexpr int kMost = 8;  // registers summed in float32
+// Adds short sums, a few of them in float32: so few that those of neighbouring numbers' squares, which have few digits,
+// stay exact.
+class Cascade {
+  static constexpr int kMost = 4;
 
  public:
-  void add(const Runs& runs, const BFloat16* a) { add_runs<true>(runs, Open(), a, a); }
-  template <class Gate>
-  void add(const Runs& runs, const Gate& gate, const BFloat16* a, const BFloat16* b) {
-    add_runs<false>(runs, gate, a, b);
+  explicit Cascade(const Wide& wide) : wide_(wide) {}
+  [[gnu::always_inline]] void add(const Short& some) {
+    held_.add(some);
+    if (++count_ == kMost) flush();
   }
-  double total(int term) const {
-    const Vec<double, 8> both = sums_.of[term][0] + sums_.of[term][1];
-    double total = 0;
-    for (int i = 0; i < 8; ++i) total += both[i];
-    return total;
+  [[gnu::always_inline]] const Wide& total() {
+    flush();
+    return wide_;
   }
-  bool lost() const { return is_lost(total(0), total(1), Seen::some(seen_.a), Seen::some(seen_.b)); }
 
  private:
-  template <bool same, class Gate>
-  void add_runs(const Runs& runs, const Gate& gate, const BFloat16* a, const BFloat16* b) {
-    constexpr int kMany = kMost * kInRegister;
-    const int64_t ahead = runs.ahead(), many = runs.size / kMany * kMany, whole = runs.size / kInRegister * kInRegister;
-    const __mmask32 tail = first(runs.size - whole);
-    const int64_t ends = (runs.size - many + kInRegister - 1) / kInRegister;  // registers
-    Wide sums = sums_;
-    Seen seen = seen_;
-    Short end;
-    int64_t held = 0;
-    for (int64_t n = 0; n < runs.count; ++n) {
-      const int64_t begin = runs.begin + n * runs.stride;
-      const BFloat16 *of_a = a + begin, *of_b = same ? of_a : b + begin;
-      const auto ask = [&](auto size, int64_t i) {
-        if (ahead == 0) return;
-        prefetch<size>(of_a + i + ahead);
-        if (!same) prefetch<size>(of_b + i + ahead);
-      };
-      const auto take = [&](Short& some, int64_t i, __mmask32 present) __attribute__((always_inline)) {
-        const __m512i in_b = load_some(present, of_b + i);
-        const __m512i in_a = same ? in_b : gate(begin + i, present, load_some(present, of_a + i), in_b);
-        seen.add<same>(in_a, in_b);
-        some.add(in_a, in_b);
-      };
-      for (int64_t i = 0; i < many; i += kMany) {
-        Short some;
-        ask(std::integral_constant<int, kMany>{}, i);
-        for (int64_t at = i; at < i + kMany; at += kInRegister) take(some, at, kAll);
-        sums.add(some);
-      }
-      if (held + ends > kMost) {
-        sums.add(end);
-        end = {};
-        held = 0;
-      }
-      held += ends;
-      for (int64_t i = many; i < whole; i += kInRegister) {
-        ask(std::integral_constant<int, kInRegister>{}, i);
-        take(end, i, kAll);
-      }
-      if (tail) {
-        ask(std::integral_constant<int, kInRegister>{}, whole);
-        take(end, whole, tail);
-      }
-    }
-    sums.add(end);
-    sums_ = sums;
-    seen_ = seen;
+  [[gnu::always_inline]] void flush() {
+    wide_.add(held_);
+    held_ = {};
+    count_ = 0;
   }
 
-  Wide sums_;
-  Seen seen_;
+  Wide wide_;
+  Short held_;
+  int count_ = 0;
 };
 
-// Over rows of `width` elements, one for each column. Two rows are interleaved, so that a lane has two elements of one
-// column. Rows are taken in tiles that the nearest caches hold, since columns of a tile are summed one after the other;
-// the next tile is asked for in order of memory meanwhile, or not.
-class PairRowSums {
-  static constexpr int kMost = 16;  // rows summed in float32
-  static constexpr int64_t kTileBytes = 64 * 1024, kQuad = 4;
+// The sums of a and of a * b.
+struct PairSums {
+  double a, ab;
+  bool lost;
+};
+
+// Over runs, two at a time, the short sums of a few registers each.
+template <bool same, class Gate>
+class PairRuns {
+  static constexpr int kMost = 8, kMany = kMost * kInRegister;  // registers and elements in a sum of a run
 
  public:
-  PairRowSums(int64_t width, bool asks)
-      : width_(width), asks_(asks), columns_(new Columns[(width + kInRegister - 1) / kInRegister]) {}
-
-  // Elements from `begin` on.
-  void add(int64_t begin, int64_t elements, const BFloat16* a) { add_rows<true>(begin, elements, Open(), a, a); }
-  template <class Gate>
-  void add(int64_t begin, int64_t elements, const Gate& gate, const BFloat16* a, const BFloat16* b) {
-    add_rows<false>(begin, elements, gate, a, b);
-  }
-
-  // sums[t * width + c] = the sum for column c.
-  void write(double* sums) const {
-    for (int t = 0; t < 2; ++t)
-      for (int64_t c = 0; c < width_; c += kQuad)
-        std::memcpy(sums + t * width_ + c, at(t, c),
-                    sizeof(double) * static_cast<std::size_t>(std::min(kQuad, width_ - c)));
-  }
-  // f(c) for every column whose sum is lost.
-  template <class F>
-  void each_lost(F f) const {
-    for (int64_t begin = 0; begin < width_; begin += kInRegister) {
-      const auto& [lower, upper, seen] = columns_[begin / kInRegister];
-      if (!lower.any_zero() && !upper.any_zero()) continue;
-      const __mmask32 in_a = Seen::some(seen.a), in_b = Seen::some(seen.b);
-      for (int64_t c = begin; c < std::min(begin + kInRegister, width_); ++c) {
-        const int i = static_cast<int>(c - begin);
-        const double sum = at(0, c)[c % kQuad], products = at(1, c)[c % kQuad];
-        if (is_lost(sum, products, in_a >> i & 1, in_b >> i & 1)) f(c);
-      }
-    }
+  static PairSums sum(const Runs& runs, const Gate& gate, const BFloat16* a, const BFloat16* b) {
+    return sum(runs, gate, a, b, std::make_integer_sequence<int, kMost>{});
   }
 
  private:
-  struct Columns {      // of a register
-    Wide lower, upper;  // of each eight columns
+  template <int... whole>
+  static PairSums sum(const Runs& runs, const Gate& gate, const BFloat16* a, const BFloat16* b,
+                      std::integer_sequence<int, whole...>) {
+    static constexpr decltype(&sum_ending<0>) kTable[] = {sum_ending<whole>...};
+    return kTable[(runs.size - 1) % kMany / kInRegister](runs, gate, a, b);
+  }
+
+  // Of runs that end in `whole` registers and some elements more.
+  template <int whole>
+  static PairSums sum_ending(const Runs& runs, const Gate& gate, const BFloat16* a, const BFloat16* b) {
+    const int64_t ahead = runs.ahead(), many = (runs.size - 1) / kMany * kMany;
+    const __mmask32 tail = first(runs.size - many - whole * kInRegister);
+    Cascade sums{Wide()};
     Seen seen;
-  };
-
-  template <bool same, class Gate>
-  void add_rows(int64_t begin, int64_t elements, const Gate& gate, const BFloat16* a, const BFloat16* b) {
-    const int64_t rows = elements / width_, row_bytes = width_ * (same ? 2 : 4);
-    const int64_t tile = std::max<int64_t>(1, kTileBytes / row_bytes / kMost) * kMost;
-    const auto add_tiles = [&](auto asks) {
-      for (int64_t row = 0; row < rows; row += tile) {
-        int64_t asked = begin + (row + tile) * width_;  // elements, in order of memory
-        const int64_t count = std::min(tile, rows - row);
-        for (int64_t c = 0; c < width_; c += kInRegister, asked += count * kInRegister)
-          add_columns<same, asks>(begin + row * width_, count, c, width_ - c, asked, gate.columns(c), a, b);
+    const auto take = [&](Short& some, int64_t i, __mmask32 present) __attribute__((always_inline)) {
+      const __m512i in_b = load_some(present, b + i);
+      const __m512i in_a = same ? in_b : gate(i, present, load_some(present, a + i), in_b);
+      seen.add<same>(in_a, in_b);
+      some.add(in_a, in_b);
+    };
+    const auto ask = [&](auto size, int64_t i) __attribute__((always_inline)) {
+      if (ahead == 0) return;
+      prefetch<size>(a + i + ahead);
+      if (!same) prefetch<size>(b + i + ahead);
+    };
+    const auto take_begin = [&](int64_t begin) __attribute__((always_inline)) {
+      for (int64_t i = begin; i < begin + many; i += kMany) {
+        Short some;
+        ask(std::integral_constant<int, kMany>{}, i);
+        unrolled<kMost>([&](auto r) __attribute__((always_inline)) { take(some, i + r * kInRegister, kAll); });
+        sums.add(some);
       }
     };
-    asks_ ? add_tiles(std::true_type{}) : add_tiles(std::false_type{});
-    const int64_t done = rows * width_;
-    for (int64_t c = 0; c < elements - done; c += kInRegister)
-      add_columns<same, false>(begin + done, 1, c, elements - done - c, 0, gate.columns(c), a, b);
-  }
-
-  // Columns c to c + size, at most a register of them, of some rows, the first at `at`. ahead: elements from `next` on
-  // are what will be wanted soon.
-  template <bool same, bool ahead, class Gate>
-  void add_columns(int64_t at, int64_t rows, int64_t c, int64_t size, int64_t next, const Gate& gate, const BFloat16* a,
-                   const BFloat16* b) {
-    Columns& columns = columns_[c / kInRegister];
-    const __mmask32 present = first(size);
-    const auto load_b = [&](int64_t i) { return load_some(present, b + i); };
-    const auto load_a = [&](int64_t i, __m512i in_b) __attribute__((always_inline)) {
-      return same ? in_b : gate(i, present, load_some(present, a + i), in_b);
+    const auto take_end = [&](Short& some, int64_t i) __attribute__((always_inline)) {
+      ask(std::integral_constant<int, (whole + 1) * kInRegister>{}, i);
+      unrolled<whole>([&](auto r) __attribute__((always_inline)) { take(some, i + r * kInRegister, kAll); });
+      take(some, i + whole * kInRegister, tail);
     };
-    Wide lower = columns.lower, upper = columns.upper;
-    Seen seen = columns.seen;
-    at += c;
-    for (int64_t row = 0; row < rows; row += kMost) {
-      Short some_lower, some_upper;
-      const auto add_two = [&](__m512i a0, __m512i a1, __m512i b0, __m512i b1) __attribute__((always_inline)) {
-        seen.add<same>(_mm512_or_si512(a0, a1), _mm512_or_si512(b0, b1));
-        some_lower.add(_mm512_unpacklo_epi16(a0, a1), _mm512_unpacklo_epi16(b0, b1));
-        some_upper.add(_mm512_unpackhi_epi16(a0, a1), _mm512_unpackhi_epi16(b0, b1));
-      };
-      const int64_t count = std::min<int64_t>(kMost, rows - row);
-      for (int64_t r = 0; r + 2 <= count; r += 2) {
-        if (ahead) {
-          prefetch<2 * kInRegister>(a + next);
-          if (!same) prefetch<2 * kInRegister>(b + next);
-          next += 2 * kInRegister;
-        }
-        const __m512i b0 = load_b(at), b1 = load_b(at + width_);
-        add_two(load_a(at, b0), load_a(at + width_, b1), b0, b1);
-        at += 2 * width_;
-      }
-      if (count % 2) {
-        const __m512i b0 = load_b(at), zero = _mm512_setzero_si512();
-        add_two(load_a(at, b0), zero, b0, zero);
-      }
-      lower.add(some_lower);
-      upper.add(some_upper);
+    int64_t begin = runs.begin;
+    for (int64_t n = 0; n + 2 <= runs.count; n += 2, begin += 2 * runs.stride) {
+      take_begin(begin);
+      take_begin(begin + runs.stride);
+      Short some[2];
+      take_end(some[0], begin + many);
+      take_end(some[1], begin + runs.stride + many);
+      some[0].add(some[1]);
+      sums.add(some[0]);
     }
-    columns = {lower, upper, seen};
+    if (runs.count % 2) {
+      take_begin(begin);
+      Short some;
+      take_end(some, begin + many);
+      sums.add(some);
+    }
+    const Wide& wide = sums.total();
+    const double sum = wide.total(0), products = wide.total(1);
+    return {sum, products, is_lost(sum, products, Seen::some(seen.a), Seen::some(seen.b))};
   }
-
-  // The sums for the four columns that `column` is one of: each second four are in `lower`, the others in `upper`.
-  const double* at(int t, int64_t column) const {
-    const int64_t quad = column % kInRegister / kQuad;
-    const Columns& columns = columns_[column / kInRegister];
-    return reinterpret_cast<const double*>((quad % 2 ? columns.upper : columns.lower).of[t]) + quad / 2 * kQuad;
-  }
-
-  int64_t width_;
-  bool asks_;
-  std::unique_ptr<Columns[]> columns_;
 };
 
 }  // namespace

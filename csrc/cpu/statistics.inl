@@ -13,7 +13,7 @@
 
 #include "common.inl"
 #ifdef BNEXT_BF16
-#include "pairs.inl"
+#include "pair_rows.inl"
 #endif
 
 namespace bnext::cpu::BNEXT_ISA {
@@ -139,10 +139,9 @@ struct Shifted {
 struct Paired {
   static Moments planar(const ForwardParams& p, const Tiling::Block& block, int64_t c, double& squares) {
     const BFloat16* x = static_cast<const BFloat16*>(p.input);
-    PairRunSums sums;
-    sums.add(runs_of(p, block, c, kForwardPasses), x);
-    squares = sums.lost() ? kLost : sums.total(1);
-    return moments_of(0.0, sums.total(0), squares, static_cast<double>(block.count()));
+    const PairSums sums = PairRuns<true, Open>::sum(runs_of(p, block, c, kForwardPasses), Open(), x, x);
+    squares = sums.lost ? kLost : sums.ab;
+    return moments_of(0.0, sums.a, squares, static_cast<double>(block.count()));
   }
 
   static void rows(const ForwardParams& p, const Tiling::Block& block, const RowShifts& all) {

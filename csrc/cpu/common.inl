@@ -95,11 +95,12 @@ void map_one(const A* factors, int64_t size, F f, Out out, In... in) {
   write(size - kLanes);  // may overlap the one before
 }
 
-// The same for `runs` runs of `size` elements, one behind the other, each with factors of its own. Stores are of whole
-// vectors that lie within a line of the caches, runs or no runs; only whole lines are written past the caches, since to
-// mix both ways of writing within one is slow. `ahead` elements further on is what will be wanted soon, unless 0.
+// The same for `runs` runs of `size` elements, one behind the other, each with factors of its own, from the first to the
+// last or `down` from the last to the first. Stores are of whole vectors that lie within a line of the caches, runs or
+// no runs; only whole lines are written past the caches, since to mix both ways of writing within one is slow. `ahead`
+// elements further on is what will be wanted soon, unless 0.
 template <bool streaming, class T, int factor_count, class A, class F, class Out, class... In>
-void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, Out out, In... in) {
+void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, bool down, F f, Out out, In... in) {
   constexpr int kLanes = lanes<A>, kParts = parts<A, T>;
   constexpr int64_t kCount = kParts * kLanes, kInLine = kLine / sizeof(T);
   using Lane = std::conditional_t<std::is_same_v<A, float>, std::int32_t, int64_t>;
@@ -122,23 +123,28 @@ void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, 
     unrolled<kParts>([&](auto v) { result[v] = f(factor[v], load_part<A, v>(in + i)...); });
     store_parts<streaming>(out + i, result);
   };
-  const A* of_run = factors + head / size * factor_count;
-  const auto of_run_to_all = [&](int j) { return of_run[j] - Vec<A, kLanes>{}; };  // -0 too
-  int64_t i = head, left = size - head % size;                                     // of the run
-  while (i < done) {
-    unrolled<kParts>([&](auto v) { unrolled<factor_count>([&](auto j) { factor[v][j] = of_run_to_all(j); }); });
-    const int64_t whole = std::min(left, done - i) / kCount * kCount;
-    for (const int64_t end = i + whole; i < end; i += kCount) write(i);
-    if (i == done) break;
-    // A vector with the end of this run, or nothing of it, and the beginning of the next.
+  const auto to_all = [](A value) { return value - Vec<A, kLanes>{}; };  // -0 too
+  const int64_t total = done - head, step = down ? -kCount : kCount, next_run = down ? -factor_count : factor_count;
+  const int64_t begin = down ? done - 1 : head, before = begin % size;
+  const A* of_run = factors + begin / size * factor_count;
+  int64_t i = down ? done - kCount : head, left = down ? before + 1 : size - before;  // of the run
+  for (int64_t written = 0; written < total;) {
+    unrolled<kParts>([&](auto v) { unrolled<factor_count>([&](auto j) { factor[v][j] = to_all(of_run[j]); }); });
+    const int64_t whole = std::min(left, total - written) / kCount * kCount;
+    for (const int64_t end = written + whole; written < end; written += kCount, i += step) write(i);
+    if (written == total) break;
+    // A vector with the last of this run, or nothing of it, and the first of the next.
     left -= whole;
-    of_run += factor_count;
+    const A *const lower = down ? of_run + next_run : of_run, *const upper = down ? of_run : of_run + next_run;
+    const auto split = static_cast<Lane>(down ? kCount - left : left);
     unrolled<kParts>([&](auto v) {
-      const auto ends = element + static_cast<Lane>(v) < static_cast<Lane>(left);
-      unrolled<factor_count>([&](auto j) { factor[v][j] = ends ? factor[v][j] : of_run_to_all(j); });
+      const auto below = element + static_cast<Lane>(v) < split;
+      unrolled<factor_count>([&](auto j) { factor[v][j] = below ? to_all(lower[j]) : to_all(upper[j]); });
     });
     write(i);
-    i += kCount;
+    of_run += next_run;
+    written += kCount;
+    i += step;
     left += size - kCount;
   }
   piecewise(done, runs * size);
@@ -148,10 +154,11 @@ void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, 
 // once for all: column c is channel c's. All loads come before the stores: rows that are a multiple of 4 KB apart would
 // otherwise wait for one another. Where results go past the caches, what is read is asked for ahead.
 template <bool streaming, class T, int factor_count, int rows, class A, class F, class Out, class... In>
-void map_rows(const A* factors, int64_t width, int64_t apart, F f, Out out, In... in) {
+void map_rows(const A* factors, int64_t width, int64_t apart, bool down, F f, Out out, In... in) {
   constexpr int kLanes = lanes<A>, kParts = parts<A, T>, kCount = kParts * kLanes;
-  int64_t c = 0;
-  for (; c + kCount <= width; c += kCount) {
+  const int64_t whole = width / kCount * kCount;
+  for (int64_t i = 0; i < whole; i += kCount) {
+    const int64_t c = down ? whole - kCount - i : i;
     if constexpr (streaming) {
       unrolled<rows>([&](auto r) __attribute__((always_inline)) {
         (prefetch<kCount>(in + r * apart + c + kAhead / static_cast<int64_t>(sizeof(T))), ...);
@@ -166,11 +173,21 @@ void map_rows(const A* factors, int64_t width, int64_t apart, F f, Out out, In..
     });
     unrolled<rows>([&](auto r) { store_parts<streaming>(out + r * apart + c, result[r]); });
   }
-  for (; c < width; ++c) {
+  for (int64_t c = whole; c < width; ++c) {
     A factor[factor_count];
     for (int j = 0; j < factor_count; ++j) factor[j] = factors[factor_at<T, factor_count>(j, c)];
     for (int r = 0; r < rows; ++r) map_one<factor_count>(factor, 1, f, out + r * apart + c, in + r * apart + c...);
   }
+}
+
+// Whether a pass that reads `in` and writes `out` goes down: a load waits for stores before it whose addresses are the
+// same but for a multiple of 4 KB, and where `in` lies a little before `out`, as allocators put them, what is read next
+// does.
+template <class Out, class... In>
+bool goes_down(const Out& out, const In&... in) {
+  constexpr std::uintptr_t kPage = 4096, kNear = 128;
+  const auto before = [&](std::uintptr_t bytes) { return bytes > 0 && bytes <= kNear; };
+  return (before((address(out) - address(in)) % kPage) || ...);
 }
 
 // out[i] = f(factors of i's channel, in[i]...) for a range of each channel's values: planes in order of memory, and of
@@ -178,6 +195,7 @@ void map_rows(const A* factors, int64_t width, int64_t apart, F f, Out out, In..
 template <bool streaming, class T, int factor_count, class F, class Out, class... In>
 void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Range values, F f, Out out, In... in) {
   const auto* factors = static_cast<const Compute<T>*>(scratch.factors);
+  const bool down = goes_down(out, in...);
   if (p.layout == Layout::planar) {
     // The next group of channels is read while this one is written.
     const bool grouped = values.end - values.begin == p.count() && channels.end < p.C;
@@ -187,20 +205,32 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
       const int64_t together = size == p.S ? channels.end - channels.begin : 1;  // planes
       for (int64_t c = channels.begin; c < channels.end; c += together) {
         const int64_t i = (n * p.C + c) * p.S + s;
-        map_runs<streaming, T, factor_count>(factors + c * factor_count, together, size, ahead, f, out + i, in + i...);
+        map_runs<streaming, T, factor_count>(factors + c * factor_count, together, size, ahead, down, f, out + i,
+                                             in + i...);
       }
       value += size;
     }
     return;
   }
   constexpr int kRows = 4;
-  const int64_t width = Row(p.C).width(), end = values.end * p.C, stretch = stretch_rows<T>(width);
-  int64_t i = values.begin * p.C;
-  for (int64_t apart; (apart = std::min(stretch, (end - i) / width) / kRows * width) > 0; i += kRows * apart)
-    for (int64_t at = i; at < i + apart; at += width)
-      map_rows<streaming, T, factor_count, kRows>(factors, width, apart, f, out + at, in + at...);
+  const int64_t width = Row(p.C).width(), end = values.end * p.C, stretch = stretch_rows<T>(width) / kRows;
+  const auto each = [down](int64_t count, auto f) __attribute__((always_inline)) {
+    for (int64_t n = 0; n < count; ++n) f(down ? count - 1 - n : n);
+  };
+  // kRows times `apart` rows from `row` on.
+  const auto write = [&](int64_t row, int64_t apart) __attribute__((always_inline)) {
+    each(apart, [&](int64_t r) {
+      const int64_t i = values.begin * p.C + (row + r) * width;
+      map_rows<streaming, T, factor_count, kRows>(factors, width, apart * width, down, f, out + i, in + i...);
+    });
+  };
+  const int64_t rows = (end - values.begin * p.C) / width, stretches = rows / (kRows * stretch);
+  each(stretches, [&](int64_t n) { write(n * kRows * stretch, stretch); });
+  const int64_t row = stretches * kRows * stretch, apart = (rows - row) / kRows;
+  write(row, apart);
+  int64_t i = values.begin * p.C + (row + kRows * apart) * width;
   for (int64_t size; (size = std::min(width, end - i)) > 0; i += size)
-    map_rows<streaming, T, factor_count, 1>(factors, size, 0, f, out + i, in + i...);
+    map_rows<streaming, T, factor_count, 1>(factors, size, 0, down, f, out + i, in + i...);
 }
 
 template <class T, int factor_count, class F, class Out, class... In>

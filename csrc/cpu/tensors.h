@@ -205,6 +205,14 @@ template <class T>
 inline std::uintptr_t address(const Both<T>& p) {
   return address(p.first);
 }
+template <class T>
+inline std::uintptr_t address(const Residual<T>& p) {
+  return address(p.values);
+}
+template <class T>
+inline std::uintptr_t address(const Gated<T>& p) {
+  return address(p.values);
+}
 // Whether that goes for all of a place.
 template <class Out>
 inline bool aligned_alike(const Out&) {

@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "gradients.inl"
+#include "map.inl"
 #ifdef BNEXT_BF16
 #include "gates.inl"
 #endif

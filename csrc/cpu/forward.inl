@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../running.h"
+#include "map.inl"
 #include "statistics.inl"
 
 namespace bnext::cpu::BNEXT_ISA {

@@ -280,8 +280,8 @@ csrc/cpu/backward.inl@avx512bf16 test_backward::test_means_of_many_deviations
 
 products-not-centred: of bfloat16, sum(dy * x) is taken for sum(dy * (x - mean)), channels first
 csrc/cpu/backward.inl@avx512bf16 test_backward::test_affine
-- sums.total(1) - static_cast<const float*>(p.mean)[c] * sums.total(0)
-+ sums.total(1)
+- all.ab - static_cast<const float*>(p.mean)[c] * all.a
++ all.ab
 
 products-not-centred-channels-last: the same, channels last
 csrc/cpu/backward.inl@avx512bf16 test_backward::test_affine
@@ -343,35 +343,49 @@ csrc/cpu/pairs.inl@avx512bf16 test_forward::test_affine
 - kAll : (__mmask32(1) << count) - 1
 + kAll : (__mmask32(1) << (count - 1)) - 1
 
-pairs-end-kept: what a plane's end adds to short sums never comes to the total
+pairs-end-kept: the last short sums never come to the total
 csrc/cpu/pairs.inl@avx512bf16 test_backward::test_tails_of_planes
--     sums.add(end);
--     sums_ = sums;
-+     sums_ = sums;
+-     flush();
+-     return wide_;
++     return wide_;
 
-pairs-end-forgotten: what planes' ends add to a short sum is dropped when that is full
+pairs-end-forgotten: short sums are dropped when there are as many as are held
 csrc/cpu/pairs.inl@avx512bf16 test_backward::test_tails_of_planes
--         sums.add(end);
--         end = {};
-+         end = {};
+- if (++count_ == kMost) flush();
++ if (++count_ == kMost) held_ = {}, count_ = 0;
+
+pairs-odd-plane-dropped: a last plane without another is not summed
+csrc/cpu/pairs.inl@avx512bf16 test_backward::test_tails_of_planes
+- if (runs.count % 2) {
++ if (runs.count < 0) {
+
+pairs-second-plane-as-first: of two planes the first one's end is summed twice
+csrc/cpu/pairs.inl@avx512bf16 test_backward::test_tails_of_planes
+- take_end(some[1], begin + runs.stride + many);
++ take_end(some[1], begin + many);
+
+pairs-beginnings-dropped: of planes of many registers the beginnings are not summed
+csrc/cpu/pairs.inl@avx512bf16 test_backward::test_tails_of_planes
+- for (int64_t i = begin; i < begin + many; i += kMany) {
++ for (int64_t i = begin; i < begin; i += kMany) {
 
 pairs-odd-row-dropped: a last row without another is not summed
-csrc/cpu/pairs.inl@avx512bf16 test_backward::test_tails_of_rows
+csrc/cpu/pair_rows.inl@avx512bf16 test_backward::test_tails_of_rows
 - if (count % 2) {
 + if (count < 0) {
 
 pairs-row-twice: a last row without another is taken with what follows it
-csrc/cpu/pairs.inl@avx512bf16 test_backward::test_tails_of_rows
+csrc/cpu/pair_rows.inl@avx512bf16 test_backward::test_tails_of_rows
 - add_two(load_a(at, b0), zero, b0, zero);
 + add_two(load_a(at, b0), load_a(at + width_, load_b(at + width_)), b0, load_b(at + width_));
 
 pairs-short-row-dropped: the last row, if it is short, is not summed
-csrc/cpu/pairs.inl@avx512bf16 test_forward::test_affine
+csrc/cpu/pair_rows.inl@avx512bf16 test_forward::test_affine
 - for (int64_t c = 0; c < elements - done; c += kInRegister)
 + for (int64_t c = 0; c < 0; c += kInRegister)
 
 pairs-columns-mixed: the sums of some channels are written as those of others
-csrc/cpu/pairs.inl@avx512bf16 test_forward::test_affine
+csrc/cpu/pair_rows.inl@avx512bf16 test_forward::test_affine
 - quad % 2 ? columns.upper : columns.lower
 + quad / 4 ? columns.upper : columns.lower
 
@@ -386,9 +400,9 @@ csrc/cpu/reduce.inl test_isa::test_every_unit_gives_the_same_bits
 + ? 8 : BNEXT_VECTOR_BYTES / 8;
 
 tail-channels-unwritten: channels past the last whole vector of a row are not written
-csrc/cpu/common.inl test_forward::test_affine
-- for (; c < width; ++c)
-+ for (; c < 0; ++c)
+csrc/cpu/map.inl test_forward::test_affine
+- for (int64_t c = whole; c < width; ++c) {
++ for (int64_t c = whole; c < 0; ++c) {
 
 fold-dropped: of rows taken together only the first of each are summed
 csrc/cpu/common.inl test_forward::test_affine
@@ -401,44 +415,59 @@ csrc/cpu/common.inl test_forward::test_affine
 + for (int64_t i = c; i < row.C; i += row.C)
 
 rows-past-four-unwritten: rows past the last four side by side are not written
-csrc/cpu/common.inl test_forward::test_affine
+csrc/cpu/map.inl test_forward::test_affine
 - for (int64_t size; (size = std::min(width, end - i)) > 0; i += size)
 + for (int64_t size; (size = std::min(width, end - i)) > 0 && size < width; i += size)
 
 short-row-unwritten: the last row, if it is short, is not written
-csrc/cpu/common.inl test_forward::test_affine
+csrc/cpu/map.inl test_forward::test_affine
 - for (int64_t size; (size = std::min(width, end - i)) > 0; i += size)
 + for (int64_t size; (size = std::min(width, end - i)) == width; i += size)
 
 stretches-unwritten: the second stretch of rows is not written
-csrc/cpu/common.inl test_forward::test_shapes
-- > 0; i += kRows * apart)
-+ > 0; i += kRows * apart * (1 + (i == values.begin * p.C)))
+csrc/cpu/map.inl test_forward::test_shapes
+- each(stretches, [&](int64_t n) { write(
++ each(stretches, [&](int64_t n) { if (n != 1) write(
 
 end-of-piece-unwritten: elements past the last whole vector of a plane's first or last line are not written
-csrc/cpu/common.inl test_backward::test_tails_of_planes
+csrc/cpu/map.inl test_backward::test_tails_of_planes
 - write(size - kLanes);
 
 small-planes-unwritten: of planes smaller than a vector only the first is written
-csrc/cpu/common.inl test_backward::test_tails_of_planes
+csrc/cpu/map.inl test_backward::test_tails_of_planes
 - return piecewise(0, runs * size);
 + return piecewise(0, size);
 
 heads-unwritten: what lies before the first whole line is not written
-csrc/cpu/common.inl test_backward::test_tails_of_planes
+csrc/cpu/map.inl test_backward::test_tails_of_planes
 - piecewise(0, head);
 
 tails-unwritten: what lies behind the last whole line is not written
-csrc/cpu/common.inl test_backward::test_tails_of_planes
+csrc/cpu/map.inl test_backward::test_tails_of_planes
 - piecewise(done, runs * size);
 
 factors-of-the-plane-before: a vector with the end of a plane and the beginning of the next has the first one's factors
-csrc/cpu/common.inl test_backward::test_tails_of_planes
-- ends ? factor[v][j] : of_run_to_all(j)
-+ (void(ends), factor[v][j])
+csrc/cpu/map.inl test_backward::test_tails_of_planes
+- (below ? of[v][j] : to_all(factors[j]))
++ (void(below), of[v][j])
+
+down-as-up: downwards, a vector with the end of a plane and the beginning of the next is split as upwards
+csrc/cpu/map.inl test_addresses::test_no_bit_depends_on_where_tensors_lie
+- down ? kCount - left : left
++ left
+
+down-factors-of-the-plane-behind: downwards, such a vector has the second plane's factors alone
+csrc/cpu/map.inl test_addresses::test_no_bit_depends_on_where_tensors_lie
+- (below ? to_all(factors[j]) : of[v][j])
++ (void(below), of[v][j])
+
+down-rows-unwritten: downwards, the first columns of a row are not written
+csrc/cpu/map.inl test_addresses::test_no_bit_depends_on_where_tensors_lie
+- for (int64_t i = 0; i < whole; i += kCount) {
++ for (int64_t i = 0; i < whole - down * kCount; i += kCount) {
 
 odd-elements-as-even: where a plane ends, elements at odd places are taken for those before them
-csrc/cpu/common.inl@avx512bf16 test_backward::test_tails_of_planes
+csrc/cpu/map.inl@avx512bf16 test_backward::test_tails_of_planes
 - element + static_cast<Lane>(v) <
 + element <
 

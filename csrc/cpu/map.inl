@@ -48,10 +48,10 @@ struct PartFactors {
   static Vec<A, lanes<A>> to_all(A value) { return value - Vec<A, lanes<A>>{}; }  // -0 too
 };
 
-// The same for `runs` runs of `size` elements, one behind the other, each with factors of its own, from the first to the
-// last or, `down`, from the last to the first. Stores are of whole vectors that lie within a line of the caches, runs or
-// no runs; only whole lines are written past the caches, since to mix both ways of writing within one is slow. `ahead`
-// elements further on is what will be wanted soon, unless 0.
+// The same for `runs` runs of `size` elements, one behind the other, each with factors of its own, from the first to
+// the last or, `down`, from the last to the first. Stores are of whole vectors that lie within a line of the caches,
+// runs or no runs; only whole lines are written past the caches, since to mix both ways of writing within one is slow.
+// `ahead` elements further on is what will be wanted soon, unless 0.
 template <bool streaming, bool down, class T, int factor_count, class A, class F, class Out, class... In>
 void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, Out out, In... in) {
   constexpr int kLanes = lanes<A>, kParts = parts<A, T>;

@@ -197,21 +197,13 @@ template <class T>
 inline std::uintptr_t address(T* p) {
   return reinterpret_cast<std::uintptr_t>(p);
 }
-template <class T>
-inline std::uintptr_t address(const Masked<T>& p) {
+template <template <class> class Place, class T>
+inline std::uintptr_t address(const Place<T>& p) {
   return address(p.values);
 }
 template <class T>
 inline std::uintptr_t address(const Both<T>& p) {
   return address(p.first);
-}
-template <class T>
-inline std::uintptr_t address(const Residual<T>& p) {
-  return address(p.values);
-}
-template <class T>
-inline std::uintptr_t address(const Gated<T>& p) {
-  return address(p.values);
 }
 // Whether that goes for all of a place.
 template <class Out>

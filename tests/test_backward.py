@@ -172,6 +172,22 @@ def test_tails_of_rows(shapes, dtype, training, one_thread):
         check(x, training=training, **arguments)
 
 
+@by_layout
+@pytest.mark.parametrize("mean", [0.0, 1.0, 2.0**-20], ids=str)
+def test_gradients_that_are_denormals(mean, layout):
+    """Of bfloat16, with gradients of the output down to the smallest: none is lost."""
+    x = (torch.randn(3, 2, 7, 9) + mean).bfloat16()
+    for exponent in range(-132, 2, 6):
+        dy = (torch.randn(3, 2, 7, 9) * 2.0**exponent).bfloat16()
+        found, expected = [], []
+        for grads, batch_norm, dtype in ((found, subject.batch_norm, None), (expected, F.batch_norm, torch.float64)):
+            leaf = in_layout(x.to(dtype or x.dtype), layout).requires_grad_()
+            y = batch_norm(leaf, None, None, training=True, eps=2.0**-10)
+            grads += torch.autograd.grad(y, leaf, in_layout(dy.to(dtype or x.dtype), layout))
+        error, size = (found[0].double() - expected[0]).abs(), dy.double().abs().max()
+        assert (error <= 2.0**-8 * expected[0].abs() + 2.0**-18 * size + 2.0**-134).all(), exponent
+
+
 def check_each_channel(x, training, eps, **arguments):
     """Each channel by itself to four roundings, whatever torch's are. Sums have the size of four random walks."""
     with bnext_ops("train" if training else "eval", "backward"):

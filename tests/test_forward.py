@@ -201,6 +201,34 @@ def test_a_denormal_among_others(dtype, layout):
     assert torch.equal(x.grad, x)
 
 
+@by_layout
+@pytest.mark.parametrize("bias", [0.0, 2.0**-90, 2.0**-97, -(2.0**-126), 2.0**-130], ids=float_id)
+@pytest.mark.parametrize("mean", [0.0, 1.0, -3 * 2.0**-30, 2.0**-65, 2.0**-120], ids=float_id)
+def test_results_that_are_denormals(mean, bias, layout):
+    """bfloat16 near the mean, and very small, with weights down to the smallest: no result is lost."""
+    near = mean * (1 + torch.arange(-24, 24, dtype=torch.float64) / 128)
+    small = 2.0 ** torch.arange(-133, -117, dtype=torch.float64)
+    x = torch.cat([near, small]).bfloat16()[torch.randint(64, (3, 2, 7, 9))]
+    x = in_layout(x, layout)
+    buffers = torch.full((2,), mean), torch.ones(2)
+    for exponent in range(-140, 2, 5):
+        weight = torch.tensor([1.0, -1.25]) * 2.0**exponent
+        y = subject.batch_norm(x, *buffers, weight, torch.full((2,), bias), training=False, eps=0.0).double()
+        product = (x.double() - mean) * weight.double().reshape(1, 2, 1, 1)
+        error = (y - (product + bias)).abs()
+        rounding = 2.0**-8 * (product + bias).abs() + 2.0**-22 * (product.abs() + abs(bias)) + 2.0**-134
+        assert (error <= rounding).all(), exponent
+
+
+@by_layout
+def test_denormals_beside_another_channel(layout):
+    """One channel of denormals is kept as it is, whatever the other's values are."""
+    x = in_layout(torch.full((3, 2, 7, 9), 2.0**-130, dtype=torch.bfloat16), layout)
+    y = subject.batch_norm(x, torch.tensor([1.0, 0.0]), torch.ones(2), training=False, eps=0.0)
+    assert torch.equal(y[:, 1], x[:, 1])
+    assert (y[:, 0] == -1).all()
+
+
 @by_dtype
 @by_layout
 @pytest.mark.parametrize("shape", [(8, 5, 14, 14), (2, 5, 70, 70), (301, 5)], ids=str)

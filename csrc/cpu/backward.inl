@@ -239,6 +239,7 @@ void backward_finish(const BackwardParams& p, const Tiling& tiling, const Scratc
     const A projection = static_cast<A>(math::projection(sum_dz_xmu, invstd, count));
     const auto [mean, scale, bias] = of_forward<A>(p, c).factors;
     put_factors<T, kBackwardFactors>(p.layout, row, scratch.factors, c, {mean, scale, bias, grad_mean, projection});
+    if constexpr (kFlushes<T>) scratch.normal[c] = never_denormal(mean, scale, grad_mean, projection);
   }
 }
 
@@ -266,7 +267,8 @@ void backward_apply(const BackwardParams& p, const Scratch& scratch, Range chann
         };
         pass(one, grad_input ? grad_input : grad_residual, dy, x, residual...);
       } else if (p.training) {
-        pass([=](const auto* k, auto dy, auto x) { return train(k, gradient.of(k, dy, x), x); }, grad_input, dy, x);
+        const auto f = [=](const auto* k, auto dy, auto x) { return train(k, gradient.of(k, dy, x), x); };
+        map_normal<T, kBackwardFactors>(p, scratch, channels, values, f, grad_input, dy, x);
       } else if constexpr (Gradient::kInput) {
         pass([=](const auto* k, auto dy, auto x) { return math::grad_input_eval(gradient.of(k, dy, x), k[1]); },
              grad_input, dy, x);

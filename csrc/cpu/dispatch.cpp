@@ -2,6 +2,7 @@
 // tests/sanitize can have threads of its own in their place.
 #include <ATen/Parallel.h>
 
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -73,7 +74,9 @@ void run(const Params& p, bool reduces, bool applies, int tensors, const Steps<P
   const Tiling tiling(p);
   std::vector<double> partials(reduces ? 3 * tiling.chunks * p.C : 0), factors(5 * (Row(p.C).width() + 32));
   const int64_t group = group_channels(p, reduces, applies, tensors, at::get_num_threads());
-  const Scratch scratch{partials.data(), factors.data(), streams(p, group, passes_of(tensors, reduces, applies))};
+  const std::unique_ptr<bool[]> normal(new bool[p.C]);
+  const Scratch scratch{partials.data(), factors.data(), normal.get(),
+                        streams(p, group, passes_of(tensors, reduces, applies))};
   if (group) {
     parallel(p.C, p.count(), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; c += group) {

@@ -98,8 +98,9 @@ void forward_finish(const ForwardParams& p, const Tiling& tiling, const Scratch&
     const A saved_mean = static_cast<A>(mean), invstd = static_cast<A>(math::invstd(var, p.eps));
     static_cast<A*>(p.mean)[c] = saved_mean;
     static_cast<A*>(p.invstd)[c] = invstd;
-    put_factors<T, kForwardFactors>(p.layout, row, scratch.factors, c,
-                                    {saved_mean, scale_of(p, c, invstd), bias_of<A>(p, c)});
+    const A scale = scale_of(p, c, invstd), bias = bias_of<A>(p, c);
+    put_factors<T, kForwardFactors>(p.layout, row, scratch.factors, c, {saved_mean, scale, bias});
+    if constexpr (kFlushes<T>) scratch.normal[c] = never_denormal(saved_mean, scale, bias);
   }
 }
 
@@ -110,15 +111,18 @@ void forward_apply(const ForwardParams& p, const Scratch& scratch, Range channel
   const auto pass = [&](auto f, auto out, auto... in) {
     map<T, kForwardFactors>(p, scratch, channels, values, f, out, input, in...);
   };
+  const auto pass_normal = [&](auto f) {
+    map_normal<T, kForwardFactors>(p, scratch, channels, values, f, output, input);
+  };
   if (p.act == Act::identity && !residual)
-    return pass([](const auto* k, auto x) { return math::normalize(x, k[0], k[1], k[2]); }, output);
+    return pass_normal([](const auto* k, auto x) { return math::normalize(x, k[0], k[1], k[2]); });
   if constexpr (kSpecialized<T>) {
     if (p.act == Act::identity)
       return pass([](const auto* k, auto x, auto r) { return math::normalize(x, k[0], k[1], k[2]) + r; }, output,
                   residual);
     if (p.act == Act::relu && !residual)
-      return pass([](const auto* k, auto x) { return math::Relu::forward(math::normalize(x, k[0], k[1], k[2])); },
-                  output);
+      return pass_normal(
+          [](const auto* k, auto x) { return math::Relu::forward(math::normalize(x, k[0], k[1], k[2])); });
     if (p.act == Act::relu) {
       const auto f = [](const auto* k, auto x, auto r) {
         return math::Relu::forward(math::normalize(x, k[0], k[1], k[2]) + r);

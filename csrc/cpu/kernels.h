@@ -70,6 +70,7 @@ struct Range {
 struct Scratch {
   double* partials;  // [chunks, at most 3, C]: what a reduction found in each chunk
   void* factors;     // [5, Row(C).width()] of the compute type: what the elementwise pass needs of each column
+  bool* normal;      // [C]: the elementwise pass makes no denormals of this channel, whatever its values are
   bool streaming;    // the elementwise pass writes past the caches
 };
 

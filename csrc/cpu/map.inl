@@ -2,10 +2,42 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "common.inl"
 
 namespace bnext::cpu::BNEXT_ISA {
+
+#ifdef BNEXT_BF16
+// Whether the instructions that round to T take denormals for zeros.
+template <class T>
+inline constexpr bool kFlushes = std::is_same_v<T, BFloat16>;
+
+// Where results go that are 0 or no denormals.
+struct Normal {
+  BFloat16* values;
+
+  Normal operator+(std::int64_t i) const { return {values + i}; }
+};
+inline std::uintptr_t address(const Normal& p) {
+  return address(p.values);
+}
+inline void store_one(const Normal& p, float value) {
+  store_one(p.values, value);
+}
+template <bool streaming, class V>
+inline void store(const Normal& p, V v) {
+  store<streaming>(p.values, v);
+}
+template <bool streaming>
+inline void store_parts(const Normal& p, const Vec<float, 16> (&v)[2]) {
+  write_vector<streaming>(p.values, narrow_normal_parts(v));
+}
+#else
+template <class T>
+inline constexpr bool kFlushes = false;
+#endif
+
 namespace {
 
 // out[i] = f(factors, in[i]...) for i in [0, size); out and in are arrays of T or, as the rest below, places of
@@ -189,6 +221,28 @@ void map(const Problem& p, const Scratch& scratch, Range channels, Range values,
   };
   streaming ? write_in_order(std::true_type{}) : write_in_order(std::false_type{});
   if (streaming) fence();
+}
+
+// Whether math::normalize gives 0 or no denormal, and math::grad_input_train, whatever x and dy are, numbers of 8
+// digits or fewer. A difference of such a number and a float32 number a is 0 or a multiple of 2^-25 |a|; a product with
+// b, of 2^-49 |a b|; and so is what two of them add up to, of the smaller.
+inline bool never_denormal(float mean, float scale, float bias) {
+  return (scale == 0 || std::abs(mean * scale) >= 0x1p-70f) && (bias == 0 || std::abs(bias) >= 0x1p-95f);
+}
+inline bool never_denormal(float mean, float scale, float grad_mean, float projection) {
+  return std::abs(mean * projection * scale) >= 0x1p-70f && std::abs(grad_mean * scale) >= 0x1p-95f;
+}
+
+// map, where that holds for all channels, without a look for denormals.
+template <class T, int factor_count, class F, class... In>
+void map_normal(const Problem& p, const Scratch& scratch, Range channels, Range values, F f, T* out, In... in) {
+#ifdef BNEXT_BF16
+  if constexpr (kFlushes<T>) {
+    if (std::all_of(scratch.normal + channels.begin, scratch.normal + channels.end, [](bool normal) { return normal; }))
+      return map<T, factor_count>(p, scratch, channels, values, f, Normal{out}, in...);
+  }
+#endif
+  map<T, factor_count>(p, scratch, channels, values, f, out, in...);
 }
 
 }  // namespace

@@ -214,15 +214,18 @@ inline Vec<float, 16> load_part<float, 1>(const BFloat16* p) {
   return widen_part<1>(_mm512_loadu_si512(p));
 }
 // The instruction takes denormals for zeros: where there are any, BFloat16::narrow rounds.
-inline Vec<std::uint16_t, 32> narrow_parts(const Vec<float, 16> (&v)[2]) {
-  constexpr int kDenormal = 0x20;
-  using U = Vec<std::uint32_t, 16>;
+inline Vec<std::uint16_t, 32> narrow_normal_parts(const Vec<float, 16> (&v)[2]) {
   using Bits = Vec<std::uint16_t, 32>;
-  if (__builtin_expect(_mm512_fpclass_ps_mask(v[0], kDenormal) | _mm512_fpclass_ps_mask(v[1], kDenormal), 0))
-    return (Bits)(BFloat16::narrow<U>(v[0]) | BFloat16::narrow<U>(v[1]) << 16);
   const Bits order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return (Bits)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
+}
+inline Vec<std::uint16_t, 32> narrow_parts(const Vec<float, 16> (&v)[2]) {
+  constexpr int kDenormal = 0x20;
+  using U = Vec<std::uint32_t, 16>;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(v[0], kDenormal) | _mm512_fpclass_ps_mask(v[1], kDenormal), 0))
+    return (Vec<std::uint16_t, 32>)(BFloat16::narrow<U>(v[0]) | BFloat16::narrow<U>(v[1]) << 16);
+  return narrow_normal_parts(v);
 }
 template <bool streaming>
 inline void store_parts(BFloat16* p, const Vec<float, 16> (&v)[2]) {

@@ -217,7 +217,10 @@ void map(const Problem& p, const Scratch& scratch, Range channels, Range values,
     map_in_order<streams, down, T, factor_count>(p, scratch, channels, values, f, out, in...);
   };
   const auto write_in_order = [&](auto streams) {
-    goes_down(out, in...) ? write(streams, std::true_type{}) : write(streams, std::false_type{});
+    if constexpr (kSpecialized<T>) {
+      if (goes_down(out, in...)) return write(streams, std::true_type{});
+    }
+    write(streams, std::false_type{});
   };
   streaming ? write_in_order(std::true_type{}) : write_in_order(std::false_type{});
   if (streaming) fence();

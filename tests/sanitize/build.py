@@ -28,7 +28,7 @@ KERNEL = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *WA
 
 
 def run(
-    command: Sequence[str | Path], folder: Path, environment: Mapping[str, str] = os.environ, timeout: float = 900
+    command: Sequence[str | Path], folder: Path, environment: Mapping[str, str] = os.environ, timeout: float = 1800
 ) -> subprocess.CompletedProcess[str]:
     """With what was said on stdout and stderr together."""
     return subprocess.run(

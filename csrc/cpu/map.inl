@@ -217,7 +217,7 @@ void map(const Problem& p, const Scratch& scratch, Range channels, Range values,
     map_in_order<streams, down, T, factor_count>(p, scratch, channels, values, f, out, in...);
   };
   const auto write_in_order = [&](auto streams) {
-    if constexpr (kSpecialized<T>) {
+    if constexpr (kSpecialized<T>) {  // the other dtypes are not worth compiling twice
       if (goes_down(out, in...)) return write(streams, std::true_type{});
     }
     write(streams, std::false_type{});

@@ -213,13 +213,14 @@ template <>
 inline Vec<float, 16> load_part<float, 1>(const BFloat16* p) {
   return widen_part<1>(_mm512_loadu_si512(p));
 }
-// The instruction takes denormals for zeros: where there are any, BFloat16::narrow rounds.
+// The instruction takes denormals for zeros.
 inline Vec<std::uint16_t, 32> narrow_normal_parts(const Vec<float, 16> (&v)[2]) {
   using Bits = Vec<std::uint16_t, 32>;
   const Bits order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return (Bits)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
 }
+// Where there are any, BFloat16::narrow rounds.
 inline Vec<std::uint16_t, 32> narrow_parts(const Vec<float, 16> (&v)[2]) {
   constexpr int kDenormal = 0x20;
   using U = Vec<std::uint32_t, 16>;

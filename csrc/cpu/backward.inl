@@ -109,14 +109,14 @@ struct PairedProducts {
 
   static void rows(const BackwardParams& p, const Tiling& tiling, int64_t k, double* sums) {
     const Row row(p.C);
-    PairRowSums pairs(row.width(), exceeds_caches(p, kBackwardPasses));
-    pairs.add(tiling.block(tiling.chunk_begin(k)).plane_begin * p.C, tiling.chunk_count(k) * p.C,
-              gate_of<Gradient>(p, row), static_cast<const BFloat16*>(p.grad_output),
-              static_cast<const BFloat16*>(p.input));
+    const auto gate = gate_of<Gradient>(p, row);
+    const PairRowSums<false, std::decay_t<decltype(gate)>> pairs(
+        row.width(), exceeds_caches(p, kBackwardPasses), tiling.block(tiling.chunk_begin(k)).plane_begin * p.C,
+        tiling.chunk_count(k) * p.C, gate, static_cast<const BFloat16*>(p.grad_output),
+        static_cast<const BFloat16*>(p.input));
     pairs.write(sums);
     fold(sums, row);
     for (int64_t c = 0; c < p.C; ++c) sums[row.width() + c] -= static_cast<const float*>(p.mean)[c] * sums[c];
-    pairs.each_lost([&](int64_t column) { sums[row.width() + column % p.C] = kLost; });
   }
 
   static bool trusted(const BackwardParams& p, int64_t c, double sum, double count) {

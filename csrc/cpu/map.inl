@@ -132,13 +132,13 @@ void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, 
 template <bool streaming, bool down, class T, int factor_count, int rows, class A, class F, class Out, class... In>
 void map_rows(const A* factors, int64_t width, int64_t apart, F f, Out out, In... in) {
   constexpr int kLanes = lanes<A>, kParts = parts<A, T>, kCount = kParts * kLanes;
+  constexpr int64_t kElements = kAhead / sizeof(T), ahead = down ? -kElements : kElements;
   const int64_t whole = width / kCount * kCount;
   for (int64_t i = 0; i < whole; i += kCount) {
     const int64_t c = down ? whole - kCount - i : i;
     if constexpr (streaming) {
-      unrolled<rows>([&](auto r) __attribute__((always_inline)) {
-        (prefetch<kCount>(in + r * apart + c + kAhead / static_cast<int64_t>(sizeof(T))), ...);
-      });
+      unrolled<rows>([&](auto r)
+                         __attribute__((always_inline)) { (prefetch<kCount>(in + r * apart + c + ahead), ...); });
     }
     decltype(f(static_cast<const Vec<A, kLanes>*>(nullptr), load_part<A, 0>(in)...)) result[rows][kParts];
     unrolled<kParts>([&](auto v) {
@@ -188,7 +188,7 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
     return;
   }
   constexpr int kRows = 4;
-  const int64_t width = Row(p.C).width(), end = values.end * p.C, stretch = stretch_rows<T>(width) / kRows;
+  const int64_t width = Row(p.C).width(), end = values.end * p.C, rows = (end - values.begin * p.C) / width;
   const auto each = [](int64_t count, auto f) __attribute__((always_inline)) {
     for (int64_t n = 0; n < count; ++n) f(down ? count - 1 - n : n);
   };
@@ -199,11 +199,11 @@ void map_in_order(const Problem& p, const Scratch& scratch, Range channels, Rang
       map_rows<streaming, down, T, factor_count, kRows>(factors, width, apart * width, f, out + i, in + i...);
     });
   };
-  const int64_t rows = (end - values.begin * p.C) / width, stretches = rows / (kRows * stretch);
-  each(stretches, [&](int64_t n) { write(n * kRows * stretch, stretch); });
-  const int64_t row = stretches * kRows * stretch, apart = (rows - row) / kRows;
-  write(row, apart);
-  int64_t i = values.begin * p.C + (row + kRows * apart) * width;
+  const int64_t most = rows_apart(stretch_rows<T>(width), kRows), stretches = rows / (kRows * most);
+  each(stretches, [&](int64_t n) { write(n * kRows * most, most); });
+  int64_t row = stretches * kRows * most;
+  for (int64_t apart; (apart = rows_apart(rows - row, kRows)) > 0; row += kRows * apart) write(row, apart);
+  int64_t i = values.begin * p.C + row * width;
   for (int64_t size; (size = std::min(width, end - i)) > 0; i += size)
     map_rows<streaming, down, T, factor_count, 1>(factors, size, 0, f, out + i, in + i...);
 }

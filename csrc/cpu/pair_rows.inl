@@ -9,122 +9,130 @@
 namespace bnext::cpu::BNEXT_ISA {
 namespace {
 
-// Over rows of `width` elements, one for each column. Two rows are interleaved, so that a lane has two elements of one
-// column. Rows are taken in tiles that the nearest caches hold, since columns of a tile are summed one after the other;
-// the next tile is asked for in order of memory meanwhile, or not.
+// sum(a) and sum(a * b) over `elements` elements from `begin` on, rows of `width` columns, the last of which may be
+// short. same: b is a. Rows are from kRows parts of a stretch, each read in order of memory, as in reduce.inl; two are
+// interleaved, so that a lane has two elements of one column. What will be wanted soon is asked for, or not.
+template <bool same, class Gate>
 class PairRowSums {
-  static constexpr int kMost = 16;  // rows summed in float32
-  static constexpr int64_t kTileBytes = 64 * 1024, kQuad = 4;
+  static constexpr int kRows = same ? 8 : 4, kHeld = 64 / kRows;  // at once; times that they are summed in float32
+  static constexpr int64_t kQuad = 4;
 
  public:
-  PairRowSums(int64_t width, bool asks)
-      : width_(width), asks_(asks), columns_(new Columns[(width + kInRegister - 1) / kInRegister]) {}
-
-  // Elements from `begin` on.
-  void add(int64_t begin, int64_t elements, const BFloat16* a) { add_rows<true>(begin, elements, Open(), a, a); }
-  template <class Gate>
-  void add(int64_t begin, int64_t elements, const Gate& gate, const BFloat16* a, const BFloat16* b) {
-    add_rows<false>(begin, elements, gate, a, b);
+  PairRowSums(int64_t width, bool asks, int64_t begin, int64_t elements, const Gate& gate, const BFloat16* a,
+              const BFloat16* b)
+      : width_(width),
+        begin_(begin),
+        elements_(elements),
+        gate_(gate),
+        a_(a),
+        b_(b),
+        held_(new Columns<Short>[registers()]),
+        wide_(new Columns<Wide>[registers()]) {
+    asks ? add_all<true>() : add_all<false>();
   }
 
-  // sums[t * width + c] = the sum for column c.
+  // sums[c] = the sum for column c, sums[width + c] = that of products, or kLost.
   void write(double* sums) const {
-    for (int t = 0; t < 2; ++t)
-      for (int64_t c = 0; c < width_; c += kQuad)
-        std::memcpy(sums + t * width_ + c, at(t, c),
-                    sizeof(double) * static_cast<std::size_t>(std::min(kQuad, width_ - c)));
-  }
-  // f(c) for every column whose sum is lost.
-  template <class F>
-  void each_lost(F f) const {
+    double* const products = sums + width_;
+    for (int64_t c = 0; c < width_; c += kQuad) {
+      const auto bytes = sizeof(double) * static_cast<std::size_t>(std::min(kQuad, width_ - c));
+      const Columns<Wide>& columns = wide_[c / kInRegister];
+      const int64_t quad = c % kInRegister / kQuad;  // each second is in `lower`, the others in `upper`
+      const Wide& wide = quad % 2 ? columns.upper : columns.lower;
+      for (int t = 0; t < 2; ++t) {
+        const double* from = reinterpret_cast<const double*>(wide.of[t]) + quad / 2 * kQuad;
+        std::memcpy(sums + t * width_ + c, from, bytes);
+      }
+    }
     for (int64_t begin = 0; begin < width_; begin += kInRegister) {
-      const auto& [lower, upper, seen] = columns_[begin / kInRegister];
+      const auto& [lower, upper] = wide_[begin / kInRegister];
       if (!lower.any_zero() && !upper.any_zero()) continue;
+      const int64_t end = std::min(begin + kInRegister, width_);
+      if (std::none_of(products + begin, products + end, [](double sum) { return sum == 0; })) continue;
+      const Seen seen = look(begin);
       const __mmask32 in_a = Seen::some(seen.a), in_b = Seen::some(seen.b);
-      for (int64_t c = begin; c < std::min(begin + kInRegister, width_); ++c) {
+      for (int64_t c = begin; c < end; ++c) {
         const int i = static_cast<int>(c - begin);
-        const double sum = at(0, c)[c % kQuad], products = at(1, c)[c % kQuad];
-        if (is_lost(sum, products, in_a >> i & 1, in_b >> i & 1)) f(c);
+        if (is_lost(sums[c], products[c], in_a >> i & 1, in_b >> i & 1)) products[c] = kLost;
       }
     }
   }
 
  private:
-  struct Columns {      // of a register
-    Wide lower, upper;  // of each eight columns
-    Seen seen;
+  template <class S>
+  struct Columns {   // of a register
+    S lower, upper;  // of each half of them
   };
 
-  template <bool same, class Gate>
-  void add_rows(int64_t begin, int64_t elements, const Gate& gate, const BFloat16* a, const BFloat16* b) {
-    const int64_t rows = elements / width_, row_bytes = width_ * (same ? 2 : 4);
-    const int64_t tile = std::max<int64_t>(1, kTileBytes / row_bytes / kMost) * kMost;
-    const auto add_tiles = [&](auto asks) {
-      for (int64_t row = 0; row < rows; row += tile) {
-        int64_t asked = begin + (row + tile) * width_;  // elements, in order of memory
-        const int64_t count = std::min(tile, rows - row);
-        for (int64_t c = 0; c < width_; c += kInRegister, asked += count * kInRegister)
-          add_columns<same, asks>(begin + row * width_, count, c, width_ - c, asked, gate.columns(c), a, b);
-      }
-    };
-    asks_ ? add_tiles(std::true_type{}) : add_tiles(std::false_type{});
-    const int64_t done = rows * width_;
-    for (int64_t c = 0; c < elements - done; c += kInRegister)
-      add_columns<same, false>(begin + done, 1, c, elements - done - c, 0, gate.columns(c), a, b);
+  std::size_t registers() const { return static_cast<std::size_t>((width_ + kInRegister - 1) / kInRegister); }
+
+  template <bool asks>
+  void add_all() {
+    const int64_t rows = elements_ / width_, stretch = stretch_rows<BFloat16>(width_);
+    int64_t row = 0;
+    for (int64_t apart; (apart = rows_apart(std::min(stretch, rows - row), kRows)) > 0; row += kRows * apart)
+      for (int64_t r = row; r < row + apart; ++r) add_rows<kRows, asks>(r * width_, apart * width_, width_);
+    for (; row < rows; ++row) add_rows<1, asks>(row * width_, 0, width_);
+    add_rows<1, asks>(rows * width_, 0, elements_ - rows * width_);
+    flush();
   }
 
-  // Columns c to c + size, at most a register of them, of some rows, the first at `at`. ahead: elements from `next` on
-  // are what will be wanted soon.
-  template <bool same, bool ahead, class Gate>
-  void add_columns(int64_t at, int64_t rows, int64_t c, int64_t size, int64_t next, const Gate& gate, const BFloat16* a,
-                   const BFloat16* b) {
-    Columns& columns = columns_[c / kInRegister];
-    const __mmask32 present = first(size);
-    const auto load_b = [&](int64_t i) { return load_some(present, b + i); };
-    const auto load_a = [&](int64_t i, __m512i in_b) __attribute__((always_inline)) {
-      return same ? in_b : gate(i, present, load_some(present, a + i), in_b);
-    };
-    Cascade lower(columns.lower), upper(columns.upper);
-    Seen seen = columns.seen;
-    at += c;
-    for (int64_t row = 0; row < rows; row += kMost) {
-      Short some_lower, some_upper;
-      const auto add_two = [&](__m512i a0, __m512i a1, __m512i b0, __m512i b1) __attribute__((always_inline)) {
-        seen.add<same>(_mm512_or_si512(a0, a1), _mm512_or_si512(b0, b1));
-        some_lower.add(_mm512_unpacklo_epi16(a0, a1), _mm512_unpacklo_epi16(b0, b1));
-        some_upper.add(_mm512_unpackhi_epi16(a0, a1), _mm512_unpackhi_epi16(b0, b1));
-      };
-      const int64_t count = std::min<int64_t>(kMost, rows - row);
-      for (int64_t r = 0; r + 2 <= count; r += 2) {
-        if (ahead) {
-          prefetch<2 * kInRegister>(a + next);
-          if (!same) prefetch<2 * kInRegister>(b + next);
-          next += 2 * kInRegister;
-        }
-        const __m512i b0 = load_b(at), b1 = load_b(at + width_);
-        add_two(load_a(at, b0), load_a(at + width_, b1), b0, b1);
-        at += 2 * width_;
-      }
-      if (count % 2) {
-        const __m512i b0 = load_b(at), zero = _mm512_setzero_si512();
-        add_two(load_a(at, b0), zero, b0, zero);
-      }
-      lower.add(some_lower);
-      upper.add(some_upper);
+  // The first `size` columns of `rows` rows that are `apart` elements apart, the first of them at `row`.
+  template <int rows, bool asks>
+  void add_rows(int64_t row, int64_t apart, int64_t size) {
+    for (int64_t c = 0; c < size; c += kInRegister) {
+      const __mmask32 present = first(size - c);
+      const auto& gate = gate_.columns(c);
+      Columns<Short> some;
+      unrolled<(rows + 1) / 2>([&](auto pair) __attribute__((always_inline)) {
+        __m512i a[2] = {}, b[2] = {};
+        unrolled<std::min(rows, 2)>([&](auto r) __attribute__((always_inline)) {
+          const int64_t i = begin_ + row + (2 * pair + r) * apart + c;
+          if constexpr (asks) {
+            prefetch<kInRegister>(b_ + i + kAhead / 2);
+            if constexpr (!same) prefetch<kInRegister>(a_ + i + kAhead / 2);
+          }
+          b[r] = load_some(present, b_ + i);
+          a[r] = same ? b[r] : gate(i, present, load_some(present, a_ + i), b[r]);
+        });
+        some.lower.add(_mm512_unpacklo_epi16(a[0], a[1]), _mm512_unpacklo_epi16(b[0], b[1]));
+        some.upper.add(_mm512_unpackhi_epi16(a[0], a[1]), _mm512_unpackhi_epi16(b[0], b[1]));
+      });
+      Columns<Short>& held = held_[c / kInRegister];
+      held.lower.add(some.lower);
+      held.upper.add(some.upper);
     }
-    columns = {lower.total(), upper.total(), seen};
+    if (++count_ == kHeld) flush();
   }
 
-  // The sums for the four columns that `column` is one of: each second four are in `lower`, the others in `upper`.
-  const double* at(int t, int64_t column) const {
-    const int64_t quad = column % kInRegister / kQuad;
-    const Columns& columns = columns_[column / kInRegister];
-    return reinterpret_cast<const double*>((quad % 2 ? columns.upper : columns.lower).of[t]) + quad / 2 * kQuad;
+  void flush() {
+    for (std::size_t i = 0; i < registers(); ++i) {
+      wide_[i].lower.add(held_[i].lower);
+      wide_[i].upper.add(held_[i].upper);
+      held_[i] = {};
+    }
+    count_ = 0;
   }
 
-  int64_t width_;
-  bool asks_;
-  std::unique_ptr<Columns[]> columns_;
+  // What a register's columns from c on have in all rows.
+  Seen look(int64_t c) const {
+    Seen seen;
+    const auto& gate = gate_.columns(c);
+    const int64_t end = begin_ + elements_;
+    for (int64_t i = begin_ + c; i < end; i += width_) {
+      const __mmask32 present = first(std::min(width_ - c, end - i));
+      const __m512i b = load_some(present, b_ + i);
+      seen.add<same>(same ? b : gate(i, present, load_some(present, a_ + i), b), b);
+    }
+    return seen;
+  }
+
+  int64_t width_, begin_, elements_;
+  const Gate& gate_;
+  const BFloat16 *a_, *b_;
+  int count_ = 0;  // of short sums held
+  std::unique_ptr<Columns<Short>[]> held_;
+  std::unique_ptr<Columns<Wide>[]> wide_;
 };
 
 }  // namespace

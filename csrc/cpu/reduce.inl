@@ -21,6 +21,12 @@ template <class T>
 int64_t stretch_rows(int64_t width) {
   return std::max<int64_t>(8, kStretchBytes / static_cast<int64_t>(width * sizeof(T)));
 }
+// From one of so many parts of a stretch to the next. Rows are often a power of two in size: an odd number of them
+// keeps the parts from the same sets of the nearest cache.
+inline int64_t rows_apart(int64_t rows, int parts) {
+  const int64_t apart = rows / parts;
+  return apart > 0 ? (apart - 1) | 1 : 0;
+}
 
 // `count` ones in the last elements of a vector of A's integers.
 template <class A>
@@ -165,7 +171,7 @@ class RowSums {
   void add(int64_t elements, F f, const A* channel, P... p) const {
     const int64_t rows = elements / width_, stretch = stretch_rows<T>(width_);
     int64_t row = 0;
-    for (int64_t apart; (apart = std::min(stretch, rows - row) / kMost) > 0; row += kMost * apart)
+    for (int64_t apart; (apart = rows_apart(std::min(stretch, rows - row), kMost)) > 0; row += kMost * apart)
       for (int64_t r = row; r < row + apart; ++r)
         add_rows<kMost>(width_, apart * width_, f, channel, p + r * width_...);
     for (; row < rows; ++row) add_rows<1>(width_, 0, f, channel, p + row * width_...);

@@ -146,11 +146,12 @@ struct Paired {
 
   static void rows(const ForwardParams& p, const Tiling::Block& block, const RowShifts& all) {
     const Row row(p.C);
-    PairRowSums pairs(row.width(), exceeds_caches(p, kForwardPasses));
-    pairs.add(block.plane_begin * p.C, block.count() * p.C, static_cast<const BFloat16*>(p.input));
+    const BFloat16* x = static_cast<const BFloat16*>(p.input);
+    const Open gate;
+    const PairRowSums<true, Open> pairs(row.width(), exceeds_caches(p, kForwardPasses), block.plane_begin * p.C,
+                                        block.count() * p.C, gate, x, x);
     pairs.write(all.sums);
     fold(all.sums, row);
-    pairs.each_lost([&](int64_t column) { all.squares[column % p.C] = kLost; });
   }
 
   // What lies nearer together than to 0 has squares of few digits, whose short sums are exact; but their sum must not

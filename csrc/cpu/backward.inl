@@ -84,7 +84,7 @@ struct Products {
   static bool trusted(const BackwardParams&, int64_t, double sum, double count) {
     const double size = std::abs(sum);
     return std::is_same_v<A, double> ||
-           (size <= std::numeric_limits<double>::max() && (size >= kTiny * count || size == 0));
+           ((size <= std::numeric_limits<double>::max()) & ((size >= kTiny * count) | (size == 0)));
   }
 };
 
@@ -121,7 +121,7 @@ struct PairedProducts {
 
   static bool trusted(const BackwardParams& p, int64_t c, double sum, double count) {
     const float normalized = static_cast<const float*>(p.mean)[c] * static_cast<const float*>(p.invstd)[c];
-    return std::abs(normalized) <= 8 && InFloat::trusted(p, c, sum, count);
+    return (std::abs(normalized) <= 8) & InFloat::trusted(p, c, sum, count);
   }
 };
 #endif
@@ -143,6 +143,9 @@ struct Sums {
     if constexpr (sizeof...(Others) > 0) {
       const int64_t width = Row(p.C).width();
       const double count = static_cast<double>(tiling.chunk_count(k));
+      int64_t trusted_ones = 0;
+      for (int64_t c = 0; c < p.C; ++c) trusted_ones += Way::trusted(p, c, sums[width + c], count);
+      if (trusted_ones == p.C) return;
       std::unique_ptr<double[]> others;
       for (int64_t c = 0; c < p.C; ++c) {
         if (Way::trusted(p, c, sums[width + c], count)) continue;

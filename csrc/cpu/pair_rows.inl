@@ -35,13 +35,17 @@ class PairRowSums {
   void write(double* sums) const {
     double* const products = sums + width_;
     for (int64_t c = 0; c < width_; c += kQuad) {
-      const auto bytes = sizeof(double) * static_cast<std::size_t>(std::min(kQuad, width_ - c));
       const Columns<Wide>& columns = wide_[c / kInRegister];
       const int64_t quad = c % kInRegister / kQuad;  // each second is in `lower`, the others in `upper`
       const Wide& wide = quad % 2 ? columns.upper : columns.lower;
       for (int t = 0; t < 2; ++t) {
         const double* from = reinterpret_cast<const double*>(wide.of[t]) + quad / 2 * kQuad;
-        std::memcpy(sums + t * width_ + c, from, bytes);
+        double* to = sums + t * width_ + c;
+        if (c + kQuad <= width_) {
+          std::memcpy(to, from, kQuad * sizeof(double));
+        } else {
+          std::copy_n(from, width_ - c, to);
+        }
       }
     }
     for (int64_t begin = 0; begin < width_; begin += kInRegister) {

@@ -260,12 +260,12 @@ csrc/cpu/backward.inl test_grid::test_cells
 
 products-overflow-trusted: sums of products beyond float32 are taken for the gradients
 csrc/cpu/backward.inl test_backward::test_sizes
-- (size <= std::numeric_limits<double>::max() && (size >= kTiny * count || size == 0));
-+ (size >= kTiny * count || size == 0);
+- ((size <= std::numeric_limits<double>::max()) & ((size >= kTiny * count) | (size == 0)));
++ ((size >= kTiny * count) | (size == 0));
 
 products-underflow-trusted: sums of products below float32 are taken for the gradients
 csrc/cpu/backward.inl test_backward::test_sizes
-- (size <= std::numeric_limits<double>::max() && (size >= kTiny * count || size == 0));
+- ((size <= std::numeric_limits<double>::max()) & ((size >= kTiny * count) | (size == 0)));
 + size <= std::numeric_limits<double>::max();
 
 sum-of-another-dropped: the sums of a plane that is not to be trusted are made again in vain

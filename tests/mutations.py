@@ -275,8 +275,8 @@ csrc/cpu/backward.inl test_backward::test_sizes
 
 products-cancelling-trusted: sum(dy * x) - mean * sum(dy) is taken for the gradient wherever the mean lies
 csrc/cpu/backward.inl@avx512bf16 test_backward::test_means_of_many_deviations
-- std::abs(normalized) <= 8 &&
-+ std::abs(normalized) >= 0 &&
+- (std::abs(normalized) <= 8) &
++ (std::abs(normalized) >= 0) &
 
 products-not-centred: of bfloat16, sum(dy * x) is taken for sum(dy * (x - mean)), channels first
 csrc/cpu/backward.inl@avx512bf16 test_backward::test_affine

@@ -143,7 +143,7 @@ struct Sums {
     if constexpr (sizeof...(Others) > 0) {
       const int64_t width = Row(p.C).width();
       const double count = static_cast<double>(tiling.chunk_count(k));
-      int64_t trusted_ones = 0;
+      int64_t trusted_ones = 0;  // of all, without a branch, so that they are asked by vectors
       for (int64_t c = 0; c < p.C; ++c) trusted_ones += Way::trusted(p, c, sums[width + c], count);
       if (trusted_ones == p.C) return;
       std::unique_ptr<double[]> others;

@@ -132,7 +132,7 @@ void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, 
 template <bool streaming, bool down, class T, int factor_count, int rows, class A, class F, class Out, class... In>
 void map_rows(const A* factors, int64_t width, int64_t apart, F f, Out out, In... in) {
   constexpr int kLanes = lanes<A>, kParts = parts<A, T>, kCount = kParts * kLanes;
-  constexpr int64_t kElements = kAhead / sizeof(T), ahead = down ? -kElements : kElements;
+  constexpr int64_t ahead = down ? -kAhead<T> : kAhead<T>;
   const int64_t whole = width / kCount * kCount;
   for (int64_t i = 0; i < whole; i += kCount) {
     const int64_t c = down ? whole - kCount - i : i;

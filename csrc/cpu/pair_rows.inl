@@ -14,7 +14,8 @@ namespace {
 // interleaved, so that a lane has two elements of one column. What will be wanted soon is asked for, or not.
 template <bool same, class Gate>
 class PairRowSums {
-  static constexpr int kRows = same ? 8 : 4, kHeld = 64 / kRows;  // at once; times that they are summed in float32
+  static constexpr int kRows = same ? 8 : 4;  // together
+  static constexpr int kHeld = 64 / kRows;    // times that they are summed in float32: as few numbers as in Cascade
   static constexpr int64_t kQuad = 4;
 
  public:
@@ -51,7 +52,7 @@ class PairRowSums {
     for (int64_t begin = 0; begin < width_; begin += kInRegister) {
       const auto& [lower, upper] = wide_[begin / kInRegister];
       if (!lower.any_zero() && !upper.any_zero()) continue;
-      const int64_t end = std::min(begin + kInRegister, width_);
+      const int64_t end = std::min(begin + kInRegister, width_);  // what lies behind it is 0 too
       if (std::none_of(products + begin, products + end, [](double sum) { return sum == 0; })) continue;
       const Seen seen = look(begin);
       const __mmask32 in_a = Seen::some(seen.a), in_b = Seen::some(seen.b);
@@ -72,12 +73,9 @@ class PairRowSums {
 
   template <bool asks>
   void add_all() {
-    const int64_t rows = elements_ / width_, stretch = stretch_rows<BFloat16>(width_);
-    int64_t row = 0;
-    for (int64_t apart; (apart = rows_apart(std::min(stretch, rows - row), kRows)) > 0; row += kRows * apart)
-      for (int64_t r = row; r < row + apart; ++r) add_rows<kRows, asks>(r * width_, apart * width_, width_);
-    for (; row < rows; ++row) add_rows<1, asks>(row * width_, 0, width_);
-    add_rows<1, asks>(rows * width_, 0, elements_ - rows * width_);
+    in_stretches<BFloat16, kRows>(elements_, width_, [&](auto rows, int64_t row, int64_t apart, int64_t size) {
+      add_rows<rows, asks>(row * width_, apart * width_, size);
+    });
     flush();
   }
 
@@ -93,8 +91,8 @@ class PairRowSums {
         unrolled<std::min(rows, 2)>([&](auto r) __attribute__((always_inline)) {
           const int64_t i = begin_ + row + (2 * pair + r) * apart + c;
           if constexpr (asks) {
-            prefetch<kInRegister>(b_ + i + kAhead / 2);
-            if constexpr (!same) prefetch<kInRegister>(a_ + i + kAhead / 2);
+            prefetch<kInRegister>(b_ + i + kAhead<BFloat16>);
+            if constexpr (!same) prefetch<kInRegister>(a_ + i + kAhead<BFloat16>);
           }
           b[r] = load_some(present, b_ + i);
           a[r] = same ? b[r] : gate(i, present, load_some(present, a_ + i), b[r]);

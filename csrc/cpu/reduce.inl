@@ -13,8 +13,12 @@ using std::int64_t;
 template <class T>
 constexpr int kShort = sizeof(T) == sizeof(std::uint16_t) ? 8 : 4;
 
-// Of rows, parts of which are read side by side; and from what is read to what is asked for.
-constexpr int64_t kStretchBytes = 256 * 1024, kAhead = 4096;
+// Of rows, parts of which are read side by side.
+constexpr int64_t kStretchBytes = 256 * 1024;
+
+// Elements from what is read to what is asked for.
+template <class T>
+constexpr int64_t kAhead = 4096 / static_cast<int64_t>(sizeof(T));
 
 // Rows of `width` elements of T in a stretch.
 template <class T>
@@ -26,6 +30,18 @@ int64_t stretch_rows(int64_t width) {
 inline int64_t rows_apart(int64_t rows, int parts) {
   const int64_t apart = rows / parts;
   return apart > 0 ? (apart - 1) | 1 : 0;
+}
+// f(how many rows together, the first of them, how far each is from the one before, columns) for all rows of `width`
+// elements of T, the last of which may be short: `most` together, from so many parts of a stretch, then one by one.
+template <class T, int most, class F>
+[[gnu::always_inline]] inline void in_stretches(int64_t elements, int64_t width, F f) {
+  const int64_t rows = elements / width, stretch = stretch_rows<T>(width);
+  constexpr std::integral_constant<int, 1> kAlone{};
+  int64_t row = 0;
+  for (int64_t apart; (apart = rows_apart(std::min(stretch, rows - row), most)) > 0; row += most * apart)
+    for (int64_t r = row; r < row + apart; ++r) f(std::integral_constant<int, most>{}, r, apart, width);
+  for (; row < rows; ++row) f(kAlone, row, 0, width);
+  f(kAlone, rows, 0, elements - rows * width);
 }
 
 // `count` ones in the last elements of a vector of A's integers.
@@ -169,13 +185,9 @@ class RowSums {
 
   template <class F, class... P>
   void add(int64_t elements, F f, const A* channel, P... p) const {
-    const int64_t rows = elements / width_, stretch = stretch_rows<T>(width_);
-    int64_t row = 0;
-    for (int64_t apart; (apart = rows_apart(std::min(stretch, rows - row), kMost)) > 0; row += kMost * apart)
-      for (int64_t r = row; r < row + apart; ++r)
-        add_rows<kMost>(width_, apart * width_, f, channel, p + r * width_...);
-    for (; row < rows; ++row) add_rows<1>(width_, 0, f, channel, p + row * width_...);
-    add_rows<1>(elements % width_, 0, f, channel, p + rows * width_...);
+    in_stretches<T, kMost>(elements, width_, [&](auto rows, int64_t row, int64_t apart, int64_t size) {
+      add_rows<rows>(size, apart * width_, f, channel, p + row * width_...);
+    });
   }
   // The same of `least` rows or a few more, from the first to the last in equal steps, or of all where they are fewer;
   // returns how many elements they have.
@@ -222,9 +234,8 @@ class RowSums {
     int64_t c = 0;
     for (; c + kColumns * kLanes <= size; c += kColumns * kLanes) {
       if (asks) {
-        unrolled<rows>([&](auto r) __attribute__((always_inline)) {
-          (prefetch<1>(p + r * apart + c + kAhead / static_cast<int64_t>(sizeof(T))), ...);
-        });
+        unrolled<rows>([&](auto r)
+                           __attribute__((always_inline)) { (prefetch<1>(p + r * apart + c + kAhead<T>), ...); });
       }
       unrolled<kColumns>([&](auto v) { vector(c + v * kLanes); });
     }

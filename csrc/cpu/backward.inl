@@ -27,7 +27,7 @@ struct Sum {
 // A way of summing has, of chunk k,
 //   planar(p, tiling, k, c): the two sums of channel c;
 //   rows(p, tiling, k, sums): the same of all channels, sums being [2, Row(C).width()];
-//   trusted(p, c, sum, count): whether the second sum of channel c can be used.
+//   trusted(p, c, sum, count): whether the sums of channel c can be used.
 
 // Products in A.
 template <class A, class T, class Gradient>
@@ -80,11 +80,12 @@ struct Products {
     fold(sums, row);
   }
 
-  // In float32: no product too large, and not all of them too small.
-  static bool trusted(const BackwardParams&, int64_t, double sum, double count) {
-    const double size = std::abs(sum);
+  // In float32: nothing too large, and not all products too small.
+  static bool trusted(const BackwardParams&, int64_t, Sum sum, double count) {
+    constexpr double kMost = std::numeric_limits<double>::max();
+    const double size = std::abs(sum.dz_xmu);
     return std::is_same_v<A, double> ||
-           ((size <= std::numeric_limits<double>::max()) & ((size >= kTiny * count) | (size == 0)));
+           ((std::abs(sum.dz) <= kMost) & (size <= kMost) & ((size >= kTiny * count) | (size == 0)));
   }
 };
 
@@ -119,7 +120,7 @@ struct PairedProducts {
     for (int64_t c = 0; c < p.C; ++c) sums[row.width() + c] -= static_cast<const float*>(p.mean)[c] * sums[c];
   }
 
-  static bool trusted(const BackwardParams& p, int64_t c, double sum, double count) {
+  static bool trusted(const BackwardParams& p, int64_t c, Sum sum, double count) {
     const float normalized = static_cast<const float*>(p.mean)[c] * static_cast<const float*>(p.invstd)[c];
     return (std::abs(normalized) <= 8) & InFloat::trusted(p, c, sum, count);
   }
@@ -132,7 +133,7 @@ struct Sums {
   static Sum planar(const BackwardParams& p, const Tiling& tiling, int64_t k, int64_t c) {
     const Sum sum = Way::planar(p, tiling, k, c);
     if constexpr (sizeof...(Others) > 0) {
-      if (!Way::trusted(p, c, sum.dz_xmu, static_cast<double>(tiling.chunk_count(k))))
+      if (!Way::trusted(p, c, sum, static_cast<double>(tiling.chunk_count(k))))
         return Sums<Others...>::planar(p, tiling, k, c);
     }
     return sum;
@@ -143,12 +144,13 @@ struct Sums {
     if constexpr (sizeof...(Others) > 0) {
       const int64_t width = Row(p.C).width();
       const double count = static_cast<double>(tiling.chunk_count(k));
+      const auto trusted = [&](int64_t c) { return Way::trusted(p, c, {sums[c], sums[width + c]}, count); };
       int64_t trusted_ones = 0;  // of all, without a branch, so that they are asked by vectors
-      for (int64_t c = 0; c < p.C; ++c) trusted_ones += Way::trusted(p, c, sums[width + c], count);
+      for (int64_t c = 0; c < p.C; ++c) trusted_ones += trusted(c);
       if (trusted_ones == p.C) return;
       std::unique_ptr<double[]> others;
       for (int64_t c = 0; c < p.C; ++c) {
-        if (Way::trusted(p, c, sums[width + c], count)) continue;
+        if (trusted(c)) continue;
         if (!others) {
           others.reset(new double[2 * width]);
           Sums<Others...>::rows(p, tiling, k, others.get());

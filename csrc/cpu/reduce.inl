@@ -2,6 +2,7 @@
 // order that does not depend on the instruction set. A is float for float32 and narrower types, or double.
 #pragma once
 
+#include "sums.h"
 #include "tensors.h"
 
 namespace bnext::cpu::BNEXT_ISA {
@@ -69,12 +70,13 @@ struct Runs {
 };
 
 // Sums over runs, of whose elements f makes factors. Elements go into 16 slots: element i of a run into slot i % 16,
-// except that the last size % 16 go into the last slots. First factors of float32 are in double at once, since what
-// they are sums of may cancel.
+// except that the last size % 16 go into the last slots. First factors of float32 are added up in two parts,
+// since what they are sums of may cancel.
 template <class A, class T>
 class RunSums {
-  static constexpr bool kFirstInDouble = std::is_same_v<A, float> && std::is_same_v<T, float>;
+  static constexpr bool kSplit = std::is_same_v<A, float> && std::is_same_v<T, float>;
   static constexpr int kMost = kShort<T>, kSlots = 16, kPieces = kSlots / lanes<A>, kParts = lanes<A> / lanes<double>;
+  using V = Vec<A, lanes<A>>;
   using Wide = Vec<double, lanes<double>>;
 
  public:
@@ -85,9 +87,12 @@ class RunSums {
       return;
     }
     Wide sum[kPieces][2][kParts];
+    V rest[kPieces] = {};
     each(sum, [](Wide& value, double* slots) { std::memcpy(&value, slots, sizeof(value)); });
     const int64_t ahead = runs.ahead();
-    for (int64_t n = 0; n < runs.count; ++n) add_run(sum, runs.size, ahead, f, p + runs.begin + n * runs.stride...);
+    for (int64_t n = 0; n < runs.count; ++n)
+      add_run(sum, rest, runs.size, ahead, f, p + runs.begin + n * runs.stride...);
+    for (int piece = 0; kSplit && piece < kPieces; ++piece) add_in_double(sum[piece][0], rest[piece]);
     each(sum, [](Wide value, double* slots) { std::memcpy(slots, &value, sizeof(value)); });
   }
   double total(int term) const {
@@ -108,32 +113,47 @@ class RunSums {
     }
   }
 
+  // Of a first factor what goes into a short sum; the rest, if any, is added to `rest`.
+  [[gnu::always_inline]] static V part_of(V first, [[maybe_unused]] V& rest) {
+    if constexpr (kSplit) {
+      const V part = leading(first);
+      rest = cpu::BNEXT_ISA::add(rest, subtract(first, part));
+      return part;
+    }
+    return first;
+  }
+
   template <class F, class... P>
-  static void add_run(Wide (&sum)[kPieces][2][kParts], int64_t size, int64_t ahead, F f, P... p) {
+  [[gnu::always_inline]] static void add_run(Wide (&sum)[kPieces][2][kParts], V (&rest)[kPieces], int64_t size,
+                                             int64_t ahead, F f, P... p) {
     // Of `length` times kSlots elements from i on and, if there are any, of the run's last ones, fewer than kSlots.
     const auto step = [&](auto length, int64_t i, int64_t last) __attribute__((always_inline)) {
       if (ahead != 0) (prefetch<length * kSlots>(p + i + ahead), ...);
 #pragma GCC unroll 8
       for (int piece = 0; piece < kPieces; ++piece) {
-        Vec<A, lanes<A>> some[2] = {};
-        for (int u = 0; u < length; ++u) {
+        V some[2] = {};
+        unrolled<length>([&](auto u) __attribute__((always_inline)) {
           const auto factors = f(load<A>(p + i + u * kSlots + piece * lanes<A>)...);
-          if constexpr (kFirstInDouble) {
-            add_in_double(sum[piece][0], factors.first);
-            some[1] = math::multiply_add(factors.first, factors.second, some[1]);
+          const V first = part_of(factors.first, rest[piece]);
+          if constexpr (u == 0) {
+            some[0] = first;
+            some[1] = factors.first * factors.second;
           } else {
-            math::add(some, factors);
+            some[0] += first;
+            some[1] = math::multiply_add(factors.first, factors.second, some[1]);
           }
-        }
+        });
         if (last) {
           auto fresh = last_lanes<A>(last, piece * lanes<A>);
-          Vec<A, lanes<A>> more[2] = {};
+          V more[2] = {};
           math::add(more, f(load<A>(p + (size - kSlots + piece * lanes<A>))...));
 #pragma GCC unroll 2
-          for (int t = 0; t < 2; ++t) some[t] += bit_cast<Vec<A, lanes<A>>>(bit_cast<decltype(fresh)>(more[t]) & fresh);
+          for (V& value : more) value = bit_cast<V>(bit_cast<decltype(fresh)>(value) & fresh);
+          some[0] += part_of(more[0], rest[piece]);
+          some[1] += more[1];
         }
-        if (last || !kFirstInDouble) add_in_double(sum[piece][0], some[0]);
-        add_in_double(sum[piece][1], some[1]);
+#pragma GCC unroll 2
+        for (int t = 0; t < 2; ++t) add_in_double(sum[piece][t], some[t]);
       }
     };
     int64_t i = 0;

@@ -75,7 +75,7 @@ inline Tiling::Block sample(Tiling::Block block) {
 template <class V>
 V shift_of(V sum, V squares, double count) {
   const V mean = sum * (1 / count);
-  return 4 * count * mean * mean <= squares ? V{} : mean;
+  return 2 * count * mean * mean <= squares ? V{} : mean;
 }
 
 // Shifts of all channels and the sums about them, each [width], squares right behind sums.

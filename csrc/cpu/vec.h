@@ -74,18 +74,6 @@ inline Vec<double, 8> convert(Vec<float, 8> v) {
 }
 #endif
 
-// The lower and the upper half of a register of floats.
-inline void halves(Vec<float, lanes<float>> v, Vec<float, lanes<double>>& lower, Vec<float, lanes<double>>& upper) {
-#if BNEXT_VECTOR_BYTES == 64
-  lower = _mm512_castps512_ps256(v), upper = _mm512_extractf32x8_ps(v, 1);
-#elif BNEXT_VECTOR_BYTES == 32
-  lower = _mm256_castps256_ps128(v), upper = _mm256_extractf128_ps(v, 1);
-#else
-  std::memcpy(&lower, &v, sizeof(lower));
-  std::memcpy(&upper, reinterpret_cast<const char*>(&v) + sizeof(lower), sizeof(upper));
-#endif
-}
-
 // Bits of half numbers to float32 and back.
 template <class T, int count>
 inline Vec<float, count> widen(Vec<std::uint16_t, count> bits) {
@@ -233,27 +221,6 @@ inline void store_parts(BFloat16* p, const Vec<float, 16> (&v)[2]) {
   write_vector<streaming>(p, narrow_parts(v));
 }
 #endif
-
-// a + b. With AVX-512 as b * 1 + a, which has the same bits, and keeps the adders, the busiest units of a reduction,
-// free.
-template <class V>
-inline V add(V a, V b) {
-#if BNEXT_VECTOR_BYTES == 64
-  if constexpr (std::is_same_v<V, Vec<double, 8>>) return _mm512_fmadd_pd(b, _mm512_set1_pd(1.0), a);
-#endif
-  return a + b;
-}
-
-// sum[0] += the lower half of v, sum[1] += the upper one; all of v where it is of doubles already.
-[[gnu::always_inline]] inline void add_in_double(Vec<double, lanes<double>>* sum, Vec<double, lanes<double>> v) {
-  sum[0] += v;
-}
-[[gnu::always_inline]] inline void add_in_double(Vec<double, lanes<double>>* sum, Vec<float, lanes<float>> v) {
-  Vec<float, lanes<double>> lower, upper;
-  halves(v, lower, upper);
-  sum[0] = add(sum[0], convert<Vec<double, lanes<double>>>(lower));
-  sum[1] = add(sum[1], convert<Vec<double, lanes<double>>>(upper));
-}
 
 // Asks for the cache lines of `count` elements at p, for the second-level cache; an address that is not there is no
 // error. Inlined at once, as everything around it must be: GCC drops calls of functions that do nothing else.

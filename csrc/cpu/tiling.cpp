@@ -22,6 +22,10 @@ std::int64_t cache_bytes(int level, std::int64_t usual) {
   }
   return usual;
 }
+
+constexpr std::int64_t kLeastGroup = 512 * 1024;  // bytes: a group's own, however small caches are
+constexpr std::int64_t kLongRun = 1024;           // elements that are read and written faster than fewer
+
 std::int64_t second_level_cache() {
   static const std::int64_t bytes = cache_bytes(2, 1024 * 1024);
   return bytes;
@@ -87,10 +91,12 @@ Row::Row(std::int64_t C) : C(C), repeats(1) {
 std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int tensors, int threads) {
   const bool feeds_threads = p.C >= 4 * static_cast<std::int64_t>(threads);
   if (!reduces || !applies || p.layout != Layout::planar || !feeds_threads) return 0;
-  // A share of the last cache: longer stretches of memory for the first reading are worth a slower second one.
+  // What half of a core's own cache holds, and more, up to a share of the last one, where that is no long run of
+  // memory.
+  const std::int64_t own = std::max(second_level_cache() / 2, kLeastGroup);
   const std::int64_t share = last_level_cache() / std::max(16, 2 * threads);
-  const std::int64_t held = std::max(second_level_cache() / 2, share);
-  return std::max<std::int64_t>(1, held / (tensors * p.count() * itemsize(p.dtype)));
+  const std::int64_t channel = tensors * p.count() * itemsize(p.dtype), long_run = (kLongRun + p.S - 1) / p.S;
+  return std::max<std::int64_t>({1, own / channel, std::min(long_run, share / channel)});
 }
 
 bool exceeds_caches(const Problem& p, int passes) {
@@ -98,7 +104,7 @@ bool exceeds_caches(const Problem& p, int passes) {
 }
 
 bool streams(const Problem& p, std::int64_t group, int passes) {
-  constexpr std::int64_t kLongRun = 1024, kPlane = 32;  // elements
+  constexpr std::int64_t kPlane = 32;  // elements
   if (!exceeds_caches(p, passes)) return false;
   if (p.layout == Layout::channels_last) return Row(p.C).width() * itemsize(p.dtype) % kLine == 0;
   return p.S >= kPlane && (group ? group : p.C) * p.S >= kLongRun;

@@ -253,6 +253,22 @@ def test_sizes(dtype, shape, upstream, eps, training, layout, one_thread):
     check_each_channel(x, training=training, eps=eps, **arguments)
 
 
+@pytest.mark.bnext("torch's own sums of float32 numbers overflow")
+@pytest.mark.only("cpu", "CUDA kernels have statistics in float32")
+@by_layout
+@pytest.mark.parametrize("shape", [(8, 9, 14, 14), (600, 9)], ids=str)
+def test_gradients_that_overflow_before_they_cancel(shape, layout):
+    """A few of them are beyond float32, all together are not, nor are their products with small deviations."""
+    x, arguments = problem(shape, torch.float32, layout)
+    x.detach().mul_(1e-6)
+    arguments["weight"] = arguments["weight"] * 1e-3
+    large = torch.full_like(arguments["grad_output"], 2e38)
+    large[: shape[0] // 2].neg_()
+    arguments["grad_output"] = large
+    del arguments["running_mean"], arguments["running_var"]
+    check_each_channel(x, training=True, eps=1e-5, **arguments)
+
+
 @pytest.mark.only("cpu", "CUDA kernels have statistics in float32")
 @by_layout
 @by_dtype

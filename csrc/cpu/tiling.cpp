@@ -22,14 +22,12 @@ std::int64_t cache_bytes(int level, std::int64_t usual) {
   }
   return usual;
 }
-
-constexpr std::int64_t kLeastGroup = 384 * 1024;  // bytes, however small caches are
-constexpr std::int64_t kLongRun = 1024;           // elements that are read and written faster than fewer
-
 std::int64_t second_level_cache() {
   static const std::int64_t bytes = cache_bytes(2, 1024 * 1024);
   return bytes;
 }
+
+constexpr std::int64_t kLongRun = 1024;  // elements that are read and written faster than fewer
 
 }  // namespace
 
@@ -89,11 +87,12 @@ Row::Row(std::int64_t C) : C(C), repeats(1) {
 }
 
 std::int64_t group_channels(const Problem& p, bool reduces, bool applies, int tensors, int threads) {
+  constexpr std::int64_t kLeast = 384 * 1024;  // bytes, however small caches are
   const bool feeds_threads = p.C >= 4 * static_cast<std::int64_t>(threads);
   if (!reduces || !applies || p.layout != Layout::planar || !feeds_threads) return 0;
   // So much that a core's own cache holds it and most of the next group; and more, up to a share of the last cache,
   // where that is no long run of memory.
-  const std::int64_t own = std::max(second_level_cache() * 3 / 8, kLeastGroup);
+  const std::int64_t own = std::max(second_level_cache() * 3 / 8, kLeast);
   const std::int64_t share = last_level_cache() / std::max(16, 2 * threads);
   const std::int64_t channel = tensors * p.count() * itemsize(p.dtype), long_run = (kLongRun + p.S - 1) / p.S;
   return std::max<std::int64_t>({1, own / channel, std::min(long_run, share / channel)});

@@ -460,8 +460,8 @@ csrc/cpu/map.inl test_backward::test_tails_of_planes
 
 small-planes-unwritten: of planes smaller than a vector only the first is written
 csrc/cpu/map.inl test_backward::test_tails_of_planes
-- return piecewise(0, runs * size);
-+ return piecewise(0, size);
+- if (size < kCount) return piecewise(0, runs * size);
++ if (size < kCount) return piecewise(0, size);
 
 heads-unwritten: what lies before the first whole line is not written
 csrc/cpu/map.inl test_backward::test_tails_of_planes
@@ -473,8 +473,8 @@ csrc/cpu/map.inl test_backward::test_tails_of_planes
 
 factors-of-the-plane-before: a vector with the end of a plane and the beginning of the next has the first one's factors
 csrc/cpu/map.inl test_backward::test_tails_of_planes
-- (below ? of[v][j] : to_all(factors[j]))
-+ (void(below), of[v][j])
+- mixed(count, factor, next)
++ mixed(count, factor, factor)
 
 down-as-up: downwards, a vector with the end of a plane and the beginning of the next is split as upwards
 csrc/cpu/map.inl test_addresses::test_no_bit_depends_on_where_tensors_lie
@@ -483,8 +483,8 @@ csrc/cpu/map.inl test_addresses::test_no_bit_depends_on_where_tensors_lie
 
 down-factors-of-the-plane-behind: downwards, such a vector has the second plane's factors alone
 csrc/cpu/map.inl test_addresses::test_no_bit_depends_on_where_tensors_lie
-- (below ? to_all(factors[j]) : of[v][j])
-+ (void(below), of[v][j])
+- mixed(count, next, factor)
++ mixed(count, factor, factor)
 
 down-rows-unwritten: downwards, the first columns of a row are not written
 csrc/cpu/map.inl test_addresses::test_no_bit_depends_on_where_tensors_lie
@@ -493,8 +493,8 @@ csrc/cpu/map.inl test_addresses::test_no_bit_depends_on_where_tensors_lie
 
 odd-elements-as-even: where a plane ends, elements at odd places are taken for those before them
 csrc/cpu/map.inl@avx512bf16 test_backward::test_tails_of_planes
-- element + static_cast<Lane>(v) <
-+ element <
+- kParts - 1 - v) / kParts
++ kParts - 1) / kParts
 
 denormals-flushed: bfloat16's instructions write denormals, which they take for zeros
 csrc/cpu/vec.h@avx512bf16 test_forward::test_every_half_value

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <utility>
 
 #include "common.inl"
 
@@ -54,31 +56,25 @@ void map_one(const A* factors, int64_t size, F f, Out out, In... in) {
   write(size - kLanes);  // may overlap the one before
 }
 
-// Factors of the elements of an elementwise pass over T, in the order of its parts.
-template <class T, int factor_count, class A>
-struct PartFactors {
-  static constexpr int kParts = parts<A, T>, kCount = kParts * lanes<A>;
-  Vec<A, lanes<A>> of[kParts][factor_count];
-
-  // Those of one channel.
-  [[gnu::always_inline]] void set(const A* factors) {
-    unrolled<kParts>([&](auto v) { unrolled<factor_count>([&](auto j) { of[v][j] = to_all(factors[j]); }); });
-  }
-  // Those of another channel for the elements before `split`, or for those from there on.
-  template <bool before>
-  [[gnu::always_inline]] void replace(const A* factors, int64_t split) {
-    using Lane = std::conditional_t<std::is_same_v<A, float>, std::int32_t, int64_t>;
-    Vec<Lane, lanes<A>> element;  // that lanes of part 0 have
-    for (int lane = 0; lane < lanes<A>; ++lane) element[lane] = lane * kParts;
-    unrolled<kParts>([&](auto v) {
-      const auto below = element + static_cast<Lane>(v) < static_cast<Lane>(split);
-      unrolled<factor_count>([&](auto j) {
-        of[v][j] = before ? (below ? to_all(factors[j]) : of[v][j]) : (below ? of[v][j] : to_all(factors[j]));
-      });
-    });
-  }
-  static Vec<A, lanes<A>> to_all(A value) { return value - Vec<A, lanes<A>>{}; }  // -0 too
-};
+// The factors of the elements of a vector.
+template <class A, int factor_count>
+using VectorFactors = std::array<Vec<A, lanes<A>>, factor_count>;
+// Those of one channel.
+template <int factor_count, class A>
+[[gnu::always_inline]] inline VectorFactors<A, factor_count> to_all(const A* factors) {
+  VectorFactors<A, factor_count> all;
+  unrolled<factor_count>([&](auto j) { all[j] = factors[j] - Vec<A, lanes<A>>{}; });  // -0 too
+  return all;
+}
+// a's for the first `count`, b's for the others.
+template <class V, std::size_t factor_count>
+[[gnu::always_inline]] inline std::array<V, factor_count> mixed(std::uint64_t count,
+                                                                const std::array<V, factor_count>& a,
+                                                                const std::array<V, factor_count>& b) {
+  std::array<V, factor_count> some;
+  unrolled<factor_count>([&](auto j) { some[j] = first_of(count, a[j], b[j]); });
+  return some;
+}
 
 // The same for `runs` runs of `size` elements, one behind the other, each with factors of its own, from the first to
 // the last or, `down`, from the last to the first. Stores are of whole vectors that lie within a line of the caches,
@@ -97,29 +93,39 @@ void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, 
   if (size < kCount) return piecewise(0, runs * size);  // more than two runs to a vector
   const int64_t head = std::min<int64_t>(runs * size, -address(out) % kLine / sizeof(T));
   const int64_t done = head + (runs * size - head) / kInLine * kInLine;
+  if (done == head) return piecewise(0, runs * size);
   piecewise(0, head);
-  PartFactors<T, factor_count, A> factor;
-  const auto write = [&](int64_t i) __attribute__((always_inline)) {
+  const auto write = [&](int64_t i, auto factors) __attribute__((always_inline)) {
     if (ahead != 0) (prefetch<kCount>(in + i + ahead), ...);
-    decltype(f(factor.of[0], load_part<A, 0>(in)...)) result[kParts];
-    unrolled<kParts>([&](auto v) { result[v] = f(factor.of[v], load_part<A, v>(in + i)...); });
+    decltype(f(std::declval<const Vec<A, kLanes>*>(), load_part<A, 0>(in)...)) result[kParts];
+    unrolled<kParts>([&](auto v) __attribute__((always_inline)) {
+      const VectorFactors<A, factor_count> of_part = factors(v);
+      result[v] = f(of_part.data(), load_part<A, v>(in + i)...);
+    });
     store_parts<streaming>(out + i, result);
   };
-  const int64_t total = done - head, step = down ? -kCount : kCount, next_run = down ? -factor_count : factor_count;
+  const int64_t step = down ? -kCount : kCount, next_run = down ? -factor_count : factor_count;
   const int64_t begin = down ? done - 1 : head, before = begin % size;
-  const A* of_run = factors + begin / size * factor_count;
-  int64_t i = down ? done - kCount : head, left = down ? before + 1 : size - before;  // of the run
-  for (int64_t written = 0; written < total;) {
-    factor.set(of_run);
-    const int64_t whole = std::min(left, total - written) / kCount * kCount;
-    for (const int64_t end = written + whole; written < end; written += kCount, i += step) write(i);
-    if (written == total) break;
+  const A* run = factors + begin / size * factor_count;
+  auto factor = to_all<factor_count>(run);
+  int64_t i = down ? done - kCount : head;
+  // Elements, of all and of the run.
+  std::uint64_t total = done - head, left = down ? before + 1 : size - before;
+  for (;;) {
+    std::uint64_t whole = std::min(left, total) / kCount;
+    total -= whole * kCount;
+    left -= whole * kCount;
+    for (; whole > 0; --whole, i += step) write(i, [&](auto) __attribute__((always_inline)) { return factor; });
+    if (total == 0) break;
     // A vector with the last of this run, or nothing of it, and the first of the next.
-    left -= whole;
-    of_run += next_run;
-    factor.template replace<down>(of_run, down ? kCount - left : left);
-    write(i);
-    written += kCount;
+    run += next_run;
+    const auto next = to_all<factor_count>(run);
+    write(i, [&](auto v) __attribute__((always_inline)) {
+      const std::uint64_t lower = down ? kCount - left : left, count = (lower + kParts - 1 - v) / kParts;
+      return down ? mixed(count, next, factor) : mixed(count, factor, next);
+    });
+    factor = next;
+    total -= kCount;
     i += step;
     left += size - kCount;
   }

@@ -105,6 +105,22 @@ inline Vec<std::uint16_t, 16> narrow<Float16, 16>(Vec<float, 16> v) {
 }
 #endif
 
+// The first `count` elements of a, the others of b.
+template <class V>
+inline V first_of(std::uint64_t count, V a, V b) {
+  using Lane = std::conditional_t<sizeof(a[0]) == sizeof(std::int32_t), std::int32_t, std::int64_t>;
+  constexpr int kCount = sizeof(V) / sizeof(Lane);
+#if BNEXT_VECTOR_BYTES == 64
+  const auto mask = (1u << count) - 1;
+  if constexpr (kCount == 16) return _mm512_mask_blend_ps(static_cast<__mmask16>(mask), b, a);
+  if constexpr (kCount == 8) return _mm512_mask_blend_pd(static_cast<__mmask8>(mask), b, a);
+#else
+  Vec<Lane, kCount> lane;
+  for (int i = 0; i < kCount; ++i) lane[i] = i;
+  return lane < static_cast<Lane>(count) ? a : b;
+#endif
+}
+
 // A register of consecutive elements at p, converted to C.
 template <class C, class T>
 inline Vec<C, lanes<C>> load(const T* p) {

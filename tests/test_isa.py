@@ -92,4 +92,4 @@ def test_no_wide_code_can_be_merged_into_another_unit():
     for unit in units:
         names = subprocess.run(["nm", "--defined-only", "-C", unit], capture_output=True, text=True, check=True).stdout
         shared = [line for line in names.splitlines() if line.split()[1] in "WVu" and "DW.ref" not in line]
-        assert [line for line in shared if f"bnext::{unit.stem}::" not in line] == []
+        assert [line for line in shared if f"::{unit.stem}::" not in line] == []

@@ -38,6 +38,7 @@ CUT = {
     "gate-open",
 }
 
+# By process, of which the first takes longest.
 CHECKS = [[f"tests/cuda_on_cpu/{name}_checks.py" for name in names] for names in (["kernel"], ["fused", "traffic"])]
 Run = subprocess.Popen[str]
 

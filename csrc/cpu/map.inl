@@ -95,11 +95,11 @@ void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, 
   const int64_t done = head + (runs * size - head) / kInLine * kInLine;
   if (done == head) return piecewise(0, runs * size);
   piecewise(0, head);
-  const auto write = [&](int64_t i, auto factors) __attribute__((always_inline)) {
+  const auto write = [&](int64_t i, auto factors_of) __attribute__((always_inline)) {
     if (ahead != 0) (prefetch<kCount>(in + i + ahead), ...);
     decltype(f(std::declval<const Vec<A, kLanes>*>(), load_part<A, 0>(in)...)) result[kParts];
     unrolled<kParts>([&](auto v) __attribute__((always_inline)) {
-      const VectorFactors<A, factor_count> of_part = factors(v);
+      const VectorFactors<A, factor_count> of_part = factors_of(v);
       result[v] = f(of_part.data(), load_part<A, v>(in + i)...);
     });
     store_parts<streaming>(out + i, result);
@@ -109,7 +109,7 @@ void map_runs(const A* factors, int64_t runs, int64_t size, int64_t ahead, F f, 
   const A* run = factors + begin / size * factor_count;
   auto factor = to_all<factor_count>(run);
   int64_t i = down ? done - kCount : head;
-  // Elements, of all and of the run.
+  // Elements still to be written: in all, and of the run.
   std::uint64_t total = done - head, left = down ? before + 1 : size - before;
   for (;;) {
     std::uint64_t whole = std::min(left, total) / kCount;
